@@ -1,0 +1,1 @@
+"""Radiographs and where they come from: files, public data sets, drawn phantoms. Knows no models."""
