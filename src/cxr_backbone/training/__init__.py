@@ -1,0 +1,1 @@
+"""The two training phases: frozen backbone, then fine-tuning."""

@@ -1,0 +1,239 @@
+"""What a run can be told: a dataclass for each section of the YAML file; each field is also `--section.field`."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class RunArguments:
+    output_dir: str = field(metadata={"help": "run directory; must be new or empty"})
+    seed: int = field(
+        default=0, metadata={"help": "decides the validation split, the head's start, order and augmentation"}
+    )
+    mixed_precision: str = field(
+        default="auto", metadata={"help": "no, fp16, bf16, or auto: bf16 where the hardware multiplies it"}
+    )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={"help": "threads a process (default: without a GPU, all cores shared among the processes)"},
+    )
+    report_to: str = field(
+        default="none", metadata={"help": "a tracker of Accelerate (tensorboard, wandb, trackio), or none"}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the final folder when the run is done"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "org/name on the Hub"})
+
+    def __post_init__(self):
+        _require(
+            self.mixed_precision in ("auto", "no", "fp16", "bf16"),
+            "run.mixed_precision",
+            self.mixed_precision,
+            "auto, no, fp16 or bf16",
+        )
+        _require_at_least(self, "run", cpu_threads=1)
+        trackers = ("none", "tensorboard", "wandb", "trackio")
+        _require(self.report_to in trackers, "run.report_to", self.report_to, ", ".join(trackers))
+
+
+@dataclass
+class DataArguments:
+    source: str = field(
+        metadata={
+            "help": "`synthetic`, or the Kermany set: a folder (Kaggle, Mendeley or labels.csv layout) or a Hub id"
+        }
+    )
+    validation_fraction: float = field(default=0.1, metadata={"help": "share of the training patients held out"})
+    num_patients: int = field(default=300, metadata={"help": "patients to draw for `synthetic`"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "where decoded images are kept (default: the datasets cache)"}
+    )
+
+    def __post_init__(self):
+        _require(
+            0 < self.validation_fraction <= 0.5,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "in (0, 0.5]",
+        )
+
+
+@dataclass
+class ModelArguments:
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Inception V3 weights (Hub id or file), a CXRInception checkpoint, or nothing: start at random"
+        },
+    )
+    image_size: int = field(default=299, metadata={"help": "pixels"})
+    num_channels: int = field(default=1, metadata={"help": "1 or 3"})
+    depth_multiplier: float = field(default=1.0, metadata={"help": "scales the width of every layer"})
+    dropout: float = field(default=0.2, metadata={"help": "in the head"})
+    head_hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "extra hidden layers of the head"})
+    label_smoothing: float = field(default=0.0, metadata={"help": "of the training loss"})
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "that a bare weights file expects, [0, 1] scale"}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "that a bare weights file expects, [0, 1] scale"}
+    )
+    avg_pool_count_include_pad: bool | None = field(
+        default=None, metadata={"help": "false for weights that come from Keras"}
+    )
+
+
+@dataclass
+class FrozenArguments:
+    """Phase one. The head is fitted at each strength until its loss stands still; validation loss picks one."""
+
+    l2_strengths: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        metadata={
+            "help": "L2 penalties to try on the head's weights (features centred, and scaled to unit variance together)"
+        },
+    )
+    max_iterations: int = field(default=1000, metadata={"help": "of L-BFGS, a strength"})
+    batch_size: int = field(default=64, metadata={"help": "images per forward pass of the frozen backbone"})
+
+    def __post_init__(self):
+        allowed = bool(self.l2_strengths) and min(self.l2_strengths) >= 0
+        _require(allowed, "frozen.l2_strengths", self.l2_strengths, "one or more penalties of 0 or more")
+        _require_at_least(self, "frozen", max_iterations=1, batch_size=1)
+
+
+@dataclass
+class FineTuningArguments:
+    """Phase two. All weights are trained; the checkpoint with the lowest validation loss is kept."""
+
+    epochs: int = field(default=4, metadata={"help": "at most"})
+    batch_size: int = field(default=32, metadata={"help": "images a process and forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes a step"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "peak, of the head"})
+    stage_decay: float = field(
+        default=0.7, metadata={"help": "factor on the learning rate for each stage down from the head"}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW; not on biases and BatchNorm"})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "share of the steps; cosine decay to 0 after it"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm"})
+    ema_decay: float = field(
+        default=0.99, metadata={"help": "of the moving average of the weights that is evaluated and kept"}
+    )
+    augmentation: float = field(default=1.0, metadata={"help": "strength in [0, 1]; 0 turns it off"})
+    evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
+    patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
+
+    def __post_init__(self):
+        _require_at_least(self, "fine_tuning", epochs=1, batch_size=1, gradient_accumulation_steps=1)
+        _require_at_least(self, "fine_tuning", evaluations_per_epoch=1, patience=1, weight_decay=0)
+        for name in ("learning_rate", "stage_decay", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"fine_tuning.{name}", getattr(self, name), "above 0")
+        for name in ("augmentation", "ema_decay", "warmup_ratio"):
+            _require(0 <= getattr(self, name) <= 1, f"fine_tuning.{name}", getattr(self, name), "in [0, 1]")
+
+
+@dataclass
+class Arguments:
+    run: RunArguments
+    data: DataArguments
+    model: ModelArguments
+    frozen: FrozenArguments
+    fine_tuning: FineTuningArguments
+
+
+def parse_arguments(argv: list[str]) -> Arguments:
+    """`config.yaml --section.field value …` as `Arguments`; the command line wins over the file.
+
+    Raises:
+        FileNotFoundError: if there is no such YAML file.
+        ValueError: for a section or field that does not exist, or a value of the wrong type. The message names it.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise ValueError("The first argument must be a YAML file, for example recipes/configs/pneumonia.yaml.")
+    settings = _read_yaml(Path(argv[0]))
+    for name, value in _read_overrides(argv[1:]).items():
+        section, _, key = name.partition(".")
+        settings.setdefault(section, {})[key] = value
+
+    sections = {section.name: section.type for section in fields(Arguments)}
+    for name in settings:
+        if name not in sections:
+            raise ValueError(f"There is no section {name!r}{_did_you_mean(name, sections)}")
+    return Arguments(**{name: _parse_section(name, kind, settings.get(name, {})) for name, kind in sections.items()})
+
+
+def _read_yaml(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    try:
+        settings = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if isinstance(settings, dict):
+        settings = {name: {} if section is None else section for name, section in settings.items()}
+    if not isinstance(settings, dict) or not all(isinstance(section, dict) for section in settings.values()):
+        raise ValueError(f"{path}: expected sections (run, data, model, …) with fields under each.")
+    return settings
+
+
+def _read_overrides(argv: list[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            name, separator, value = token[2:].partition("=")
+            if "." not in name:
+                raise ValueError(
+                    f"--{name} is not known; fields are given as --section.field, for example --run.seed 1."
+                )
+            overrides[name] = [value] if separator else []
+        elif name is None:
+            raise ValueError(f"{token!r} does not belong to any --section.field.")
+        else:
+            overrides[name].append(token)
+    for name, values in overrides.items():
+        if not values:
+            raise ValueError(f"--{name} needs a value, for example --run.push_to_hub true.")
+    return overrides
+
+
+def _parse_section(name: str, kind: Any, settings: dict[str, Any]) -> Any:
+    known = {item.name: str(item.type) for item in fields(kind)}
+    tokens = []
+    for key, value in settings.items():
+        if key not in known:
+            raise ValueError(f"There is no field {name}.{key}{_did_you_mean(key, known)}")
+        if value in (None, [], ["null"]):  # the field's default
+            continue
+        if key == "mixed_precision" and value is False:  # YAML reads a bare no as false
+            value = "no"
+        values = value if isinstance(value, list) else [value]
+        _require(len(values) == 1 or "list" in known[key], f"{name}.{key}", values, "one value")
+        tokens += [f"--{key}", *map(str, values)]
+    return _SectionParser(kind, prog=name).parse_args_into_dataclasses(args=tokens, look_for_args_file=False)[0]
+
+
+class _SectionParser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print its usage and exit
+        raise ValueError(f"In section {self.prog!r}: {message}")
+
+
+def _did_you_mean(name: str, known) -> str:
+    guess = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {guess[0]!r}?" if guess else f"; known are {', '.join(sorted(known))}."
+
+
+def _require(allowed: bool, name: str, value: object, expected: str) -> None:
+    if not allowed:
+        raise ValueError(f"{name}={value!r} is not allowed; expected {expected}.")
+
+
+def _require_at_least(section: Any, section_name: str, **lowest: int) -> None:
+    for name, limit in lowest.items():
+        value = getattr(section, name)
+        _require(value is None or value >= limit, f"{section_name}.{name}", value, f"{limit} or more")

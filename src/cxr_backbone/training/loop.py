@@ -1,0 +1,147 @@
+"""The training loop of phase two, and the evaluation pass that both phases share."""
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderShard
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
+from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
+from cxr_backbone.training.arguments import FineTuningArguments
+from cxr_backbone.training.augmentation import Augmentation
+from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
+
+SEEDS_A_RUN = 1_000_003  # steps that get an augmentation seed of their own before the next run's seeds begin
+
+
+def predict(
+    model: nn.Module,
+    loader: DataLoader,
+    image_processor: CXRInceptionImageProcessor,
+    accelerator: Accelerator,
+) -> Tensor:
+    """Logits (images, num_labels) in eval mode, float32 on the CPU, in the order of the data set behind `loader`."""
+    was_training = model.training
+    model.eval()
+    batches = []
+    for batch in tqdm(loader, desc="predict", disable=None if accelerator.is_main_process else True, leave=False):
+        pixel_values = to_pixel_values(to_images(batch["pixels"]), image_processor)
+        with torch.no_grad(), accelerator.autocast():
+            logits = model(pixel_values).logits
+        batches.append(accelerator.gather_for_metrics(logits.float()).cpu())
+    model.train(was_training)
+    return torch.cat(batches)
+
+
+def train(
+    model: CXRInceptionForImageClassification,
+    train_rows: Dataset,
+    validation_rows: Dataset,
+    image_processor: CXRInceptionImageProcessor,
+    accelerator: Accelerator,
+    arguments: FineTuningArguments,
+    optimizer: torch.optim.Optimizer,
+    make_scheduler: Callable[[int], torch.optim.lr_scheduler.LRScheduler],
+    *,
+    seed: int,
+    log: Callable[..., None],
+    save: Callable[[CXRInceptionForImageClassification], None],
+) -> None:
+    """Train all weights that ask for gradients, and `save` the averaged model each time its validation loss is the
+    lowest so far. It is saved before the first step too: fine-tuning that never helps leaves what it started from.
+
+    Raises:
+        RuntimeError: if a loss is NaN or infinite. What was saved before stays.
+    """
+    loader = make_loader(train_rows, arguments.batch_size, accelerator, training=True)
+    validation_loader = make_loader(validation_rows, arguments.batch_size, accelerator)
+    # Copied before `prepare`, which patches the forward method of what it is given.
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    steps_per_epoch = len(loader)
+    # `accumulate` steps at an epoch's last batch too, however few came before it.
+    updates = arguments.epochs * math.ceil(steps_per_epoch / arguments.gradient_accumulation_steps)
+    scheduler = make_scheduler(updates)
+    augmentation = Augmentation(arguments.augmentation)
+    evaluate_at = {
+        round(steps_per_epoch * part / arguments.evaluations_per_epoch) - 1
+        for part in range(1, arguments.evaluations_per_epoch + 1)
+    }
+    labels = torch.tensor(validation_rows["label"])
+    lowest, evaluations_since = math.inf, 0
+    losses: list[Tensor] = []  # since the last evaluation; kept on the device, so that a step does not wait for them
+
+    def evaluate(steps: int) -> bool:
+        """Look at validation after so many steps; True if training should stop."""
+        nonlocal lowest, evaluations_since
+        logits = predict(average.module, validation_loader, image_processor, accelerator)
+        loss = F.cross_entropy(logits, labels).item()
+        accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+        train_loss = torch.stack(losses).mean().item() if losses else None
+        losses.clear()
+        log(
+            phase="fine_tuning",
+            after_steps=steps,
+            epoch=steps / steps_per_epoch,
+            train_loss=train_loss,
+            validation_loss=loss,
+            validation_accuracy=accuracy,
+        )
+        evaluations_since += 1
+        if loss < lowest:
+            lowest, evaluations_since = loss, 0
+            save(cast(CXRInceptionForImageClassification, average.module))
+        return evaluations_since >= arguments.patience
+
+    evaluate(0)
+    progress = tqdm(
+        total=arguments.epochs * steps_per_epoch,
+        desc="fine-tuning",
+        disable=None if accelerator.is_main_process else True,
+    )
+    for epoch in range(arguments.epochs):
+        model.train()
+        cast(DataLoaderShard, loader).set_epoch(epoch)
+        for step, batch in enumerate(loader):
+            # Seeded by position, not by history: a resumed run draws the same changes.
+            position = epoch * steps_per_epoch + step
+            images = augmentation(
+                to_images(batch["pixels"]),
+                seed=(seed * SEEDS_A_RUN + position) * accelerator.num_processes + accelerator.process_index,
+            )
+            with accelerator.accumulate(model):
+                loss = model(to_pixel_values(images, image_processor), labels=batch["label"]).loss
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                scheduler.step()
+                average.update_parameters(accelerator.unwrap_model(model))
+            losses.append(loss.detach())
+            progress.update()
+            if step in evaluate_at:
+                _log_steps(losses, position, log, accelerator)
+                if evaluate(position + 1):
+                    progress.close()
+                    return
+    progress.close()
+
+
+def _log_steps(losses: list[Tensor], last: int, log: Callable[..., None], accelerator: Accelerator) -> None:
+    """One line a step since the last evaluation; the loss is the mean over processes."""
+    means = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
+    for step, loss in enumerate(means, start=last - len(means) + 1):
+        log(phase="fine_tuning", step=step, train_loss=loss)
+        if not math.isfinite(loss):
+            raise RuntimeError(f"The training loss is {loss} at step {step}; try a lower fine_tuning.learning_rate.")

@@ -1,0 +1,159 @@
+"""The two phases: the head alone on a frozen backbone, then the whole network."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
+
+from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
+from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
+from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
+from cxr_backbone.training.loop import train
+
+logger = logging.getLogger(__name__)
+
+
+def fit_head(
+    model: CXRInceptionForImageClassification,
+    train_features: Tensor,
+    train_labels: Tensor,
+    validation_features: Tensor,
+    validation_labels: Tensor,
+    arguments: FrozenArguments,
+    log: Callable[..., None],
+) -> None:
+    """Phase one: fit `model.classifier` to the features of the frozen backbone, in place.
+
+    For each L2 strength the head is trained by L-BFGS on all features at once, centred and scaled, until a step lowers
+    the penalised loss by less than 1e-7; the strength with the lowest validation loss is kept and the scaling is folded
+    into the first layer. For a head without hidden layers this is multinomial logistic regression, whose optimum is
+    unique. Dropout is off: the penalty does its work here.
+
+    Args:
+        train_features, validation_features: (images, 2048).
+        train_labels, validation_labels: as `CXRInceptionForImageClassification` takes them.
+    """
+    # Centred and divided by one number for all features. A scale for each would blow up those that hardly vary: a head
+    # that leans on them is worse on validation, and falls over as soon as fine-tuning moves the backbone.
+    features, labels = train_features, train_labels
+    mean, scale = features.mean(dim=0), features.std(dim=0).square().mean().sqrt()
+    features = (features - mean) / scale
+    validation_features = (validation_features - mean) / scale
+
+    best_loss, best_head, best_strength = math.inf, model.classifier, math.nan
+    head = copy.deepcopy(model.classifier).cpu().eval()
+    # From the strongest to the weakest, each started where the last one ended: a fraction of the iterations.
+    for strength in sorted(arguments.l2_strengths, reverse=True):
+        iterations = _minimise(
+            head, lambda logits: model.compute_loss(logits, labels), features, strength, arguments.max_iterations
+        )
+        with torch.no_grad():
+            train_loss = F.cross_entropy(head(features), labels).item()
+            validation_loss = F.cross_entropy(head(validation_features), validation_labels).item()
+        log(
+            phase="frozen",
+            l2=strength,
+            iterations=iterations,
+            train_loss=train_loss,
+            validation_loss=validation_loss,
+        )
+        if validation_loss < best_loss:
+            best_loss, best_head, best_strength = validation_loss, copy.deepcopy(head), strength
+    if len(arguments.l2_strengths) > 1 and best_strength in (
+        min(arguments.l2_strengths),
+        max(arguments.l2_strengths),
+    ):
+        logger.warning(
+            "The frozen head is best at l2=%g, an end of frozen.l2_strengths; try a wider range.",
+            best_strength,
+        )
+
+    first = next(layer for layer in best_head.modules() if isinstance(layer, nn.Linear))
+    with torch.no_grad():
+        first.weight.div_(scale)
+        first.bias.sub_(first.weight @ mean)
+    model.classifier.load_state_dict(best_head.state_dict())  # copies into the model's own dtype
+
+
+def fine_tune(
+    model: CXRInceptionForImageClassification,
+    train_rows: Dataset,
+    validation_rows: Dataset,
+    image_processor: CXRInceptionImageProcessor,
+    accelerator: Accelerator,
+    arguments: FineTuningArguments,
+    *,
+    seed: int,
+    log: Callable[..., None],
+    save: Callable[[CXRInceptionForImageClassification], None],
+) -> None:
+    """Phase two: train the whole network, lower stages at lower rates, and `save` the best by validation loss."""
+    model.unfreeze_backbone()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(parameter_groups(model, arguments))
+
+    def make_scheduler(updates: int):
+        return get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup_ratio * updates), updates)
+
+    train(
+        model,
+        train_rows,
+        validation_rows,
+        image_processor,
+        accelerator,
+        arguments,
+        optimizer,
+        make_scheduler,
+        seed=seed,
+        log=log,
+        save=save,
+    )
+
+
+def parameter_groups(model: CXRInceptionForImageClassification, arguments: FineTuningArguments) -> list[dict]:
+    """Optimizer groups: the head at `learning_rate`, each stage below it at `stage_decay` times the rate above it, and
+    weight decay on the weights of convolutions and linear layers only."""
+    stages = list(model.cxr_inception.encoder.stages.children())  # stem first
+    heads = nn.ModuleList(module for name, module in model.named_children() if name != model.base_model_prefix)
+    groups = []
+    for depth, module in enumerate([heads, *reversed(stages)]):
+        rate = arguments.learning_rate * arguments.stage_decay**depth
+        decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+        plain = [parameter for parameter in module.parameters() if parameter.ndim == 1]
+        groups.append({"params": decayed, "lr": rate, "weight_decay": arguments.weight_decay})
+        groups.append({"params": plain, "lr": rate, "weight_decay": 0.0})
+    return groups
+
+
+def _minimise(
+    head: nn.Module, loss_function: Callable[[Tensor], Tensor], features: Tensor, strength: float, limit: int
+) -> int:
+    """Minimise the loss plus `strength` / 2 times the squared weights; the number of iterations it took."""
+    weights = [layer.weight for layer in head.modules() if isinstance(layer, nn.Linear)]
+    optimizer = torch.optim.LBFGS(
+        head.parameters(),
+        max_iter=limit,
+        history_size=50,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = sum((weight.square().sum() for weight in weights), start=torch.zeros(()))
+        loss = loss_function(head(features)) + strength / 2 * penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return optimizer.state[next(head.parameters())]["n_iter"]

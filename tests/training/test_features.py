@@ -1,0 +1,122 @@
+"""Phase one's single pass: each film's features once, in order, kept under a name that says what they come from."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cxr_backbone import CXRInceptionConfig, CXRInceptionImageProcessor, CXRInceptionModel
+from cxr_backbone.data.radiographs import decode_once
+from cxr_backbone.data.synthetic import load_synthetic
+from cxr_backbone.training.features import extract_features
+
+
+@pytest.fixture(scope="module")
+def films():
+    return load_synthetic(20, image_size=75)["train"]
+
+
+@pytest.fixture(scope="module")
+def rows(films, tmp_path_factory):
+    return decode_once(films, 75, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    model = CXRInceptionModel(CXRInceptionConfig(image_size=75, depth_multiplier=0.1))
+    for module in model.modules():  # as after some training: eval mode differs from train mode
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture
+def image_processor():
+    return CXRInceptionImageProcessor(size={"height": 75, "width": 75})
+
+
+@pytest.fixture
+def extract(backbone, rows, image_processor, tmp_path):
+    def extract(batch_size=4, **changed):
+        given = {"backbone": backbone, "dataset": rows, "image_processor": image_processor} | changed
+        return extract_features(**given, accelerator=Accelerator(cpu=True), batch_size=batch_size, cache_dir=tmp_path)
+
+    return extract
+
+
+def test_features_are_those_of_the_model_image_by_image_and_in_order(extract, backbone, films, image_processor):
+    features = extract(batch_size=4)
+    backbone.eval()
+    with torch.no_grad():
+        one_by_one = [backbone(**image_processor(film, return_tensors="pt")).pooler_output for film in films["image"]]
+    assert features.dtype == torch.float32 and len(features) % 4 != 0
+    torch.testing.assert_close(features, torch.cat(one_by_one), rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_in_train_mode_is_put_in_eval_mode_and_keeps_its_statistics(extract, backbone):
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    in_train_mode = extract(backbone=backbone.train())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+    torch.testing.assert_close(in_train_mode, extract(batch_size=len(in_train_mode), backbone=backbone.eval()))
+
+
+def test_features_carry_no_graph(extract):
+    assert not extract().requires_grad
+
+
+def test_a_second_call_reads_the_file(extract, backbone, tmp_path, monkeypatch):
+    first = extract()
+    (file,) = tmp_path.iterdir()
+    monkeypatch.setattr(backbone, "forward", None)  # a second pass would fail
+    assert torch.equal(extract(), first)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def other_weights(backbone, rows, image_processor):
+    with torch.no_grad():
+        next(backbone.parameters())[0, 0, 0, 0] += 1e-3
+    return {"backbone": backbone}
+
+
+def other_statistics(backbone, rows, image_processor):
+    next(backbone.buffers())[0] += 1e-3
+    return {"backbone": backbone}
+
+
+def other_pooling(backbone, rows, image_processor):
+    torch.manual_seed(0)
+    other = CXRInceptionModel(CXRInceptionConfig(image_size=75, depth_multiplier=0.1, avg_pool_count_include_pad=False))
+    other.load_state_dict(backbone.state_dict())
+    return {"backbone": other}
+
+
+def other_normalisation(backbone, rows, image_processor):
+    return {"image_processor": CXRInceptionImageProcessor(size=image_processor.size, image_mean=[0.4])}
+
+
+def other_rows(backbone, rows, image_processor):
+    return {"dataset": rows.select(range(len(rows) - 1))}
+
+
+def other_order(backbone, rows, image_processor):
+    return {"dataset": rows.select(range(len(rows) - 1, -1, -1))}
+
+
+@pytest.mark.parametrize(
+    "change", [other_weights, other_statistics, other_pooling, other_normalisation, other_rows, other_order]
+)
+def test_whatever_changes_the_features_gives_a_file_of_its_own(
+    extract, backbone, rows, image_processor, tmp_path, change
+):
+    first = extract()
+    changed = extract(**change(backbone, rows, image_processor))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert changed.shape != first.shape or not torch.equal(changed, first)
+
+
+def test_a_pass_that_breaks_off_leaves_no_file(extract, backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(backbone, "forward", None)
+    with pytest.raises(TypeError):
+        extract()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,107 @@
+"""A run directory holds what a run did, and never takes the place of another."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cxr_backbone.data.kermany import load_kermany
+from cxr_backbone.data.synthetic import load_synthetic
+from cxr_backbone.training.arguments import parse_arguments
+from cxr_backbone.training.state import PACKAGES, RunDirectory
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "run: {output_dir: here, seed: 4}\ndata: {source: synthetic}\nmodel: {image_mean: [0.4], dropout: 1e-1}"
+    )
+    return parse_arguments([str(tmp_path / "config.yaml"), "--frozen.l2_strengths", "1e-3", "0.1"])
+
+
+@pytest.fixture
+def started(tmp_path, arguments):
+    run = RunDirectory(tmp_path / "runs/first")
+    run.start(arguments, load_synthetic(20, image_size=32), Accelerator(cpu=True))
+    return run
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_what_is_known_before_training_is_written_before_training(started):
+    assert {path.name for path in started.path.iterdir()} == {"config.yaml", "environment.json", "split.json"}
+
+
+def test_the_config_on_file_repeats_the_run(started, arguments):
+    assert parse_arguments([str(started.path / "config.yaml")]) == arguments
+
+
+def test_the_split_on_file_names_each_patient_once(started):
+    split = read(started.path / "split.json")
+    assert list(split) == ["train", "validation", "test"]
+    patients = [patient for ids in split.values() for patient in ids]
+    assert sorted(patients) == sorted(f"phantom{n}" for n in range(20))
+
+
+def test_no_patient_of_the_real_set_stands_in_train_and_validation_on_file(shared, tmp_path, arguments):
+    data = load_kermany(shared / "data/kermany224", seed=1)
+    run = RunDirectory(tmp_path / "real")
+    run.start(arguments, data, Accelerator(cpu=True))
+    split = {name: set(ids) for name, ids in read(run.path / "split.json").items()}
+    assert not split["train"] & split["validation"]
+    assert split == {name: set(rows["patient_id"]) for name, rows in data.items()}
+
+
+def test_the_environment_on_file_says_with_what_it_ran(started):
+    environment = read(started.path / "environment.json")
+    assert set(environment["packages"]) == set(PACKAGES)
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["processes"] == 1 and environment["mixed_precision"] == "no"
+    assert environment["threads"] == torch.get_num_threads()
+    assert environment["device"]
+
+
+def test_the_log_grows_a_line_at_a_time(started):
+    started.log(phase="frozen", l2=0.1)
+    started.log(phase="fine_tuning", step=0, train_loss=None)
+    lines = (started.path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"phase": "frozen", "l2": 0.1},
+        {"phase": "fine_tuning", "step": 0, "train_loss": None},
+    ]
+
+
+def test_models_and_metrics_have_their_places(tmp_path):
+    run = RunDirectory(tmp_path / "new")
+    assert (run.frozen, run.fine_tuned) == (tmp_path / "new/frozen", tmp_path / "new/fine_tuned")
+    assert run.metrics == tmp_path / "new/metrics.json"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", ".hidden", "other.txt"])
+def test_a_directory_with_files_is_refused_and_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"run\.output_dir='{tmp_path}' already holds files"):
+        RunDirectory(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_in_its_place_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match=r"run\.output_dir"):
+        RunDirectory(tmp_path / "run")
+
+
+def test_an_empty_directory_is_taken_and_a_new_one_is_not_made_before_the_start(tmp_path):
+    RunDirectory(tmp_path)
+    RunDirectory(tmp_path / "deep/run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_main_process_writes(tmp_path, arguments):
+    run = RunDirectory(tmp_path / "run")
+    run.start(arguments, load_synthetic(20, image_size=32), SimpleNamespace(is_main_process=False))
+    assert not run.path.exists()
