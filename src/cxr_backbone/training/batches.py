@@ -1,10 +1,13 @@
 """From rows of decoded images to normalised batches on the device."""
 
+from collections.abc import Callable
+
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from cxr_backbone.data.radiographs import stack_pixels
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
@@ -24,6 +27,25 @@ def make_loader(dataset: Dataset, batch_size: int, accelerator: Accelerator, *, 
         collate_fn=_collate,
     )
     return accelerator.prepare(loader)
+
+
+def run_through(
+    forward: Callable[[Tensor], Tensor],
+    loader: DataLoader,
+    image_processor: CXRInceptionImageProcessor,
+    accelerator: Accelerator,
+    *,
+    desc: str,
+) -> Tensor:
+    """What `forward` makes of the `pixel_values` of each batch, without gradients: float32 on the CPU, all processes'
+    results in the order of the data set behind `loader`."""
+    results = []
+    for batch in tqdm(loader, desc=desc, disable=None if accelerator.is_main_process else True, leave=False):
+        pixel_values = to_pixel_values(to_images(batch["pixels"]), image_processor)
+        with torch.no_grad(), accelerator.autocast():
+            result = forward(pixel_values)
+        results.append(accelerator.gather_for_metrics(result.float()).cpu())
+    return torch.cat(results)
 
 
 def to_images(pixels: Tensor) -> Tensor:

@@ -3,16 +3,14 @@
 import hashlib
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionModel
-from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
+from cxr_backbone.training.batches import make_loader, run_through
 
 
 def extract_features(
@@ -35,13 +33,9 @@ def extract_features(
 
     backbone.eval()
     loader = make_loader(dataset, batch_size, accelerator)
-    batches = []
-    for batch in tqdm(loader, desc="features", disable=None if accelerator.is_main_process else True, leave=False):
-        pixel_values = to_pixel_values(to_images(batch["pixels"]), image_processor)
-        with torch.no_grad(), accelerator.autocast():
-            pooled = backbone(pixel_values).pooler_output
-        batches.append(accelerator.gather_for_metrics(pooled.float()).cpu())
-    features = torch.cat(batches)
+    features = run_through(
+        lambda pixel_values: backbone(pixel_values).pooler_output, loader, image_processor, accelerator, desc="features"
+    )
     if accelerator.is_main_process:
         cache_dir.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".unfinished")

@@ -18,7 +18,7 @@ from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcess
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments
 from cxr_backbone.training.augmentation import Augmentation
-from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
+from cxr_backbone.training.batches import make_loader, run_through, to_images, to_pixel_values
 
 SEEDS_A_RUN = 1_000_003  # steps that get an augmentation seed of their own before the next run's seeds begin
 
@@ -32,14 +32,11 @@ def predict(
     """Logits (images, num_labels) in eval mode, float32 on the CPU, in the order of the data set behind `loader`."""
     was_training = model.training
     model.eval()
-    batches = []
-    for batch in tqdm(loader, desc="predict", disable=None if accelerator.is_main_process else True, leave=False):
-        pixel_values = to_pixel_values(to_images(batch["pixels"]), image_processor)
-        with torch.no_grad(), accelerator.autocast():
-            logits = model(pixel_values).logits
-        batches.append(accelerator.gather_for_metrics(logits.float()).cpu())
+    logits = run_through(
+        lambda pixel_values: model(pixel_values).logits, loader, image_processor, accelerator, desc="predict"
+    )
     model.train(was_training)
-    return torch.cat(batches)
+    return logits
 
 
 def train(
