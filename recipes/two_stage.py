@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cxr_backbone import CXRInceptionForImageClassification
 from cxr_backbone.data.kermany import load_kermany
-from cxr_backbone.data.radiographs import decode_once
+from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.evaluation.metrics import binary_metrics, positive_scores
 from cxr_backbone.evaluation.report import comparison_table

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -49,7 +50,9 @@ class CXRInceptionImageProcessor(PilBackend):
     def fetch_images(self, images):
         # transformers opens files through convert("RGB"), which turns 16-bit radiographs white.
         if isinstance(images, str | Path) and Path(images).is_file():
-            return ImageOps.exif_transpose(Image.open(images))
+            image = Image.open(images)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
         return super().fetch_images(str(images) if isinstance(images, Path) else images)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3):
@@ -82,43 +85,78 @@ def to_grey_uint8(image: Image.Image | np.ndarray) -> np.ndarray:
     Raises:
         ValueError: if the image is empty, has another shape, or holds NaN or infinity.
     """
-    if isinstance(image, Image.Image):
-        if image.mode in ("L", "RGB"):
-            return np.asarray(image.convert("L"))
-        if not image.mode.startswith(("I", "F")):  # palettes, opacity, CMYK and other 8-bit modes
-            image = image.convert("RGBA")
-    values = np.asarray(image)
+    values = grey_values(image) if isinstance(image, Image.Image) else np.asarray(image)
     if values.size == 0 or not (values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (1, 3, 4))):
         raise ValueError(
             f"An image of shape {values.shape} can't be read; expected (height, width) or (height, width, 1 | 3 | 4)."
         )
-    if not np.isfinite(values).all():
+    if not np.isfinite([values.min(), values.max()]).all():  # NaN is both the minimum and the maximum of its array
         raise ValueError("The image holds NaN or infinity; expected finite grey values.")
-    grey = values[..., :3] if values.ndim == 3 else values
-    grey = _to_byte_range(grey)
-    if values.ndim == 3 and values.shape[2] == 4:
-        opacity = values[..., 3:]
-        grey = grey * (opacity / (np.iinfo(opacity.dtype).max if opacity.dtype.kind in "iu" else max(opacity.max(), 1)))
-    if grey.ndim == 3:
-        # ITU-R 601-2 luma, Pillow's weights for RGB to grey
-        grey = grey @ np.array([0.299, 0.587, 0.114]) if grey.shape[2] == 3 else grey[..., 0]
-    return np.rint(grey).astype(np.uint8)
+    colours, opacity = (values, None) if values.ndim == 2 else (values[..., :3], values[..., 3:])
+    low, high = grey_range(colours)
+    opaque = 1.0
+    if opacity is not None and opacity.size:
+        opaque = np.iinfo(opacity.dtype).max if opacity.dtype.kind in "iu" else max(opacity.max(), 1)
+    grey = np.empty(values.shape[:2], np.uint8)
+    for rows in blocks_of_rows(values.shape):
+        block = to_levels(colours[rows], low, high, white=255)
+        if opacity is not None and opacity.size:
+            block = block * (opacity[rows] / opaque)
+        if block.ndim == 3:
+            # ITU-R 601-2 luma, Pillow's weights for RGB to grey
+            block = block @ np.array([0.299, 0.587, 0.114]) if block.shape[2] == 3 else block[..., 0]
+        grey[rows] = np.rint(block)
+    return grey
 
 
-def _to_byte_range(values: np.ndarray) -> np.ndarray:
-    if values.dtype == np.uint8:
-        return values
-    if values.dtype == bool:
-        return values * np.uint8(255)
-    is_float = np.issubdtype(values.dtype, np.floating)
-    values = values.astype(np.float64)
-    low, high = values.min(), values.max()
-    if is_float and low >= 0 and high <= 1:
-        return values * 255
-    if low >= 0 and high <= 255:
-        return values
-    # A blank image carries nothing to window.
-    return (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+def grey_values(image: Image.Image) -> np.ndarray:
+    """The grey values of a PIL image as they are stored.
+
+    Returns:
+        (height, width): uint8 for 8-bit modes, where colour becomes luma and what is transparent black; otherwise the
+        type of the image, 16 or 32 bits. A TIFF file in which 0 is white is turned over at any depth.
+    """
+    if not image.mode.startswith(("I", "F")):
+        if image.has_transparency_data:
+            image = image if image.mode in ("LA", "RGBA") else image.convert("RGBA")
+            image = Image.composite(image.convert("L"), Image.new("L", image.size), image.getchannel("A"))
+        elif image.mode != "L":
+            image = (image if image.mode == "1" else image.convert("RGB")).convert("L")
+        return np.array(image)
+    values = np.empty((image.height, image.width), np.asarray(image.crop((0, 0, 1, 1))).dtype)
+    for rows in blocks_of_rows(values.shape):  # np.asarray of the whole would hold it three times
+        values[rows] = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    if image.mode == "I" and tags.get(SAMPLEFORMAT, (0,))[0] == 1:
+        values = values.view(np.uint32)  # Pillow keeps unsigned integers in signed ones
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white, which Pillow heeds in 8 bits only
+        values = -values if image.mode == "F" else ~values
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # 16-bit PNG
+        opaque = values != transparent
+        values[~opaque] = values[opaque].min() if opaque.any() else 0
+    return values
+
+
+def grey_range(values: np.ndarray) -> tuple[float, float]:
+    """The values that become black and white: see `to_grey_uint8`."""
+    low, high = float(values.min()), float(values.max())
+    if values.dtype == bool or (np.issubdtype(values.dtype, np.floating) and low >= 0 and high <= 1):
+        return 0, 1
+    return (0, 255) if low >= 0 and high <= 255 else (low, high)
+
+
+def to_levels(values: np.ndarray, low: float, high: float, *, white: float) -> np.ndarray:
+    """Grey values as float64 from 0, at `low` and below, to `white`, at `high` and above."""
+    if high > low:
+        return np.clip((values.astype(np.float64) - low) * (white / (high - low)), 0, white)
+    return np.where(values > low, white, 0.0)  # a blank image carries nothing to window
+
+
+def blocks_of_rows(shape: tuple[int, ...]) -> list[slice]:
+    """Slices of rows of about a megapixel: float64 for a whole film of 50 megapixels would take 400 MB."""
+    step = max(1, 2**20 // max(1, shape[1]))
+    return [slice(top, min(top + step, shape[0])) for top in range(0, shape[0], step)]
 
 
 def _channels_last(image: np.ndarray, data_format: str | ChannelDimension | None) -> np.ndarray:

@@ -7,7 +7,7 @@ from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 
 from cxr_backbone import CXRInceptionImageProcessor
-from cxr_backbone.data.radiographs import decode_once
+from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
 

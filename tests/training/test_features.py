@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionImageProcessor, CXRInceptionModel
-from cxr_backbone.data.radiographs import decode_once
+from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training.features import extract_features
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
-from cxr_backbone.data.radiographs import decode_once
+from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training import loop
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from cxr_backbone.data.radiographs import stack_pixels
+from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 
 
