@@ -159,7 +159,7 @@ def prepare(argv):
     else:
         films = load_kermany(
             arguments.data.source,
-            validation_fraction=arguments.data.validation_fraction,
+            num_folds=round(1 / arguments.data.validation_fraction),
             seed=arguments.run.seed,
         )
     names = films["train"].features["label"].names

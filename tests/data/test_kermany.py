@@ -183,9 +183,9 @@ def test_parquet_images_with_a_name_that_tells_nothing_are_refused(tmp_path):
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder .*gone"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file or folder .*gone"):
         load_kermany(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="There is no folder gone"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder gone"):
         load_kermany("gone")
 
 
@@ -194,7 +194,7 @@ def test_an_unreachable_hub_id_is_named(monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(FileNotFoundError, match="no-one/nothing is neither a folder nor a Hub data set"):
+    with pytest.raises(FileNotFoundError, match="no-one/nothing is neither here nor a Hub data set"):
         load_kermany("no-one/nothing")
 
 
@@ -253,6 +253,12 @@ def test_labels_csv_decides_over_folders_and_file_names(kaggle):
     assert "someone" in splits["test"]["patient_id"]
 
 
+def test_a_path_in_labels_csv_that_leads_out_of_the_folder_is_refused(kaggle):
+    shutil.copy(kaggle / "test/NORMAL/IM-0001-0001.jpeg", kaggle.parent / "secret.jpeg")
+    with pytest.raises(ValueError, match=r"line 2 lists \.\./secret\.jpeg, which is outside"):
+        load_kermany(write_labels_csv(kaggle, path="../secret.jpeg"))
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
@@ -266,7 +272,7 @@ def test_labels_csv_decides_over_folders_and_file_names(kaggle):
         ({"subtype": "virus"}, ValueError, r"line 2 is labelled NORMAL but its subtype is virus"),
         ({"split": "holdout"}, ValueError, r"line 2 has the split 'holdout'; expected train, val or test"),
         ({"patient_id": ""}, ValueError, r"line 2 has no patient_id"),
-        ({"path": "gone.jpeg"}, FileNotFoundError, r"line 2 lists .*gone\.jpeg, which does not exist"),
+        ({"path": "gone.jpeg"}, FileNotFoundError, r"line 2 lists 'gone\.jpeg', which is no file in"),
     ],
 )
 def test_a_fault_in_labels_csv_is_named_by_line(kaggle, changed, error, message):

@@ -1,72 +1,201 @@
-"""Splits keep a patient's films together."""
+"""Splits keep a patient's films together, balance the labels, and can be repeated from a file."""
 
 import csv
 
+import datasets
 import numpy as np
 import pytest
 
-from cxr_backbone.data.splits import split_by_patient
+from cxr_backbone.data.labels import make_features
+from cxr_backbone.data.splits import complete_splits, folds_by_patient, repeat_split, write_split
+from cxr_backbone.data.synthetic import load_synthetic
 
 PATIENTS = [f"p{film // 3}" for film in range(120)]  # 40 patients with three films each
 STRATA = ["normal" if film // 3 % 4 else "virus" for film in range(120)]
 
 
-def test_no_patient_stands_on_two_sides():
-    kept, held_out = split_by_patient(PATIENTS, STRATA, 0.2, seed=0)
-    assert not {PATIENTS[i] for i in kept} & {PATIENTS[i] for i in held_out}
+def films(start, stop, multi_label=False):
+    """Films of patients with two films each; every third patient is ill."""
+    rows = []
+    for film in range(start, stop):
+        ill = film // 2 % 3 == 0
+        label = {"rare": float(film // 2 % 9 == 0), "common": float(ill)} if multi_label else int(ill)
+        rows.append({"image": None, "label": label, "patient_id": f"p{film // 2}", "image_id": f"{film}.png"})
+    names = ["rare", "common"] if multi_label else ["NORMAL", "ILL"]
+    return datasets.Dataset.from_list(rows, features=make_features(names, multi_label=multi_label))
 
 
-def test_every_film_stands_on_one_side_in_sorted_order():
-    kept, held_out = split_by_patient(PATIENTS, STRATA, 0.2, seed=0)
-    assert sorted([*kept, *held_out]) == list(range(120))
-    assert (np.diff(kept) > 0).all() and (np.diff(held_out) > 0).all()
-    assert len(held_out) == 24
+def image_ids(splits):
+    return {name: split["image_id"][:] for name, split in splits.items()}
 
 
-def test_the_seed_decides_the_split():
-    first, again, other = (split_by_patient(PATIENTS, STRATA, 0.2, seed=seed)[1].tolist() for seed in (3, 3, 4))
+def patients(splits):
+    return {name: set(split["patient_id"]) for name, split in splits.items()}
+
+
+# Folds
+
+
+def test_a_patient_has_one_fold_and_every_fold_its_share():
+    folds = folds_by_patient(PATIENTS, STRATA, 5, seed=0)
+    assert np.bincount(folds).tolist() == [24] * 5
+    assert all(len(set(folds[3 * patient : 3 * patient + 3])) == 1 for patient in range(40))
+
+
+def test_the_seed_decides_the_folds():
+    first, again, other = (folds_by_patient(PATIENTS, STRATA, 5, seed=seed).tolist() for seed in (3, 3, 4))
     assert first == again != other
 
 
 def test_patients_are_told_apart_by_any_kind_of_identifier():
-    numbers = [film // 3 for film in range(120)]
-    kept, held_out = split_by_patient(np.array(numbers), np.array(STRATA), 0.25, seed=0)
-    assert not {numbers[i] for i in kept} & {numbers[i] for i in held_out}
+    numbers = np.arange(120) // 3
+    folds = folds_by_patient(numbers, np.array(STRATA), 4, seed=0)
+    assert all(len(set(folds[numbers == number])) == 1 for number in range(40))
 
 
-def test_strata_keep_their_shares_on_real_films(shared):
+def test_strata_keep_their_shares_in_every_fold_of_real_films(shared):
     with (shared / "data/kermany224/labels.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     subtypes = np.array([row["subtype"] for row in rows])
-    kept, held_out = split_by_patient([row["patient_id"] for row in rows], subtypes, 0.1, seed=0)
-    for subtype in np.unique(subtypes):
-        assert np.mean(subtypes[held_out] == subtype) == pytest.approx(np.mean(subtypes[kept] == subtype), abs=0.015)
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 0.51, 1, float("nan")])
-def test_a_fraction_out_of_range_is_refused(fraction):
-    with pytest.raises(ValueError, match="fraction must be above 0"):
-        split_by_patient(PATIENTS, STRATA, fraction, seed=0)
+    folds = folds_by_patient([row["patient_id"] for row in rows], subtypes, 10, seed=0)
+    for fold in range(10):
+        for subtype in np.unique(subtypes):
+            share = np.mean(subtypes[folds == fold] == subtype)
+            assert share == pytest.approx(np.mean(subtypes == subtype), abs=0.02)
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), "", " "])
 def test_a_missing_patient_is_refused_by_row(missing):
     with pytest.raises(ValueError, match="Row 7 has no patient_id"):
-        split_by_patient([*PATIENTS[:7], missing, *PATIENTS[8:]], STRATA, 0.2, seed=0)
+        folds_by_patient([*PATIENTS[:7], missing, *PATIENTS[8:]], STRATA, 5, seed=0)
 
 
-def test_too_few_patients_are_refused():
-    with pytest.raises(ValueError, match="needs 10 patients or more; there are 4"):
-        split_by_patient(PATIENTS[:12], STRATA[:12], 0.1, seed=0)
+@pytest.mark.parametrize(
+    ("patient_ids", "strata", "num_folds", "message"),
+    [
+        ([], [], 10, "patient_ids is empty"),
+        (PATIENTS, STRATA[:-1], 10, "patient_ids has 120 entries, strata 119"),
+        (PATIENTS, STRATA, 1, "num_folds must be 2 or more, not 1"),
+        (PATIENTS[:12], STRATA[:12], 10, "10 folds need 10 patients or more; there are 4"),
+        (range(10), range(10), 10, "a stratum of at least 10 films; the largest has 1"),
+    ],
+)
+def test_what_cannot_be_dealt_out_is_refused(patient_ids, strata, num_folds, message):
+    with pytest.raises(ValueError, match=message):
+        folds_by_patient(patient_ids, strata, num_folds, seed=0)
 
 
-def test_strata_too_small_for_the_fraction_are_refused():
-    with pytest.raises(ValueError, match="the largest has 1"):
-        split_by_patient(list(range(10)), list(range(10)), 0.1, seed=0)
+# Train, validation and test
 
 
-def test_no_films_and_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="patient_ids is empty"):
-        split_by_patient([], [], 0.1, seed=0)
-    with pytest.raises(ValueError, match="expected as many"):
-        split_by_patient(PATIENTS, STRATA[:-1], 0.1, seed=0)
+def test_validation_is_carved_from_train_and_the_rest_stays():
+    given = datasets.DatasetDict(train=films(0, 100), test=films(100, 120))
+    splits = complete_splits(given)
+    assert list(splits) == ["train", "validation", "test"]
+    assert splits["test"]["image_id"][:] == given["test"]["image_id"][:]
+    assert len(splits["validation"]) == 10
+    assert sorted(splits["train"]["image_id"][:] + splits["validation"]["image_id"][:]) == sorted(
+        given["train"]["image_id"]
+    )
+    assert not patients(splits)["train"] & patients(splits)["validation"]
+
+
+def test_without_a_test_split_two_folds_are_carved():
+    splits = complete_splits(datasets.DatasetDict(train=films(0, 120)), num_folds=4)
+    sides = patients(splits)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 60, "validation": 30, "test": 30}
+    assert not sides["train"] & sides["validation"] and not (sides["train"] | sides["validation"]) & sides["test"]
+
+
+@pytest.mark.parametrize("brings_test", [True, False])
+def test_k_folds_hold_out_every_film_once(brings_test):
+    given = datasets.DatasetDict(train=films(0, 120), **({"test": films(120, 130)} if brings_test else {}))
+    held_out = [image_ids(complete_splits(given, num_folds=5, fold=fold)) for fold in range(5)]
+    for name in ("validation",) if brings_test else ("validation", "test"):
+        assert sorted(image for fold in held_out for image in fold[name]) == sorted(given["train"]["image_id"])
+
+
+def test_a_set_that_brings_all_splits_is_left_alone():
+    given = datasets.DatasetDict(train=films(0, 40), validation=films(40, 60), test=films(60, 80))
+    assert image_ids(complete_splits(given)) == image_ids(given)
+
+
+def test_findings_are_balanced_by_the_rarest_that_a_film_shows():
+    splits = complete_splits(datasets.DatasetDict(train=films(0, 360, multi_label=True)), num_folds=4)
+    for split in splits.values():
+        shares = np.mean([[label["rare"], label["common"]] for label in split["label"]], axis=0)
+        assert shares == pytest.approx([1 / 9, 1 / 3], abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        ({"test": films(0, 20)}, {}, "has a train split, .* found test"),
+        ({"train": films(0, 20), "extra": films(20, 40)}, {}, "found train, extra"),
+        ({"train": films(0, 20), "test": films(0, 2).select([])}, {}, "test split has no films"),
+        ({"train": films(0, 40)}, {"fold": 10}, "fold=10 must be 0 or more and below num_folds=10"),
+        ({"train": films(0, 40)}, {"fold": -1}, "fold=-1"),
+        ({"train": films(0, 40)}, {"num_folds": 2}, "leaves nothing to train on"),
+    ],
+)
+def test_splits_that_cannot_be_completed_are_refused(given, settings, message):
+    with pytest.raises(ValueError, match=message):
+        complete_splits(datasets.DatasetDict(given), **settings)
+
+
+# From a file
+
+
+@pytest.fixture
+def split_file(tmp_path):
+    write_split(complete_splits(datasets.DatasetDict(train=films(0, 80)), seed=1), tmp_path / "split.csv")
+    return tmp_path / "split.csv"
+
+
+def test_a_split_is_repeated_film_by_film_whatever_the_seed(split_file):
+    expected = complete_splits(datasets.DatasetDict(train=films(0, 80)), seed=1)
+    other = complete_splits(datasets.DatasetDict(train=films(0, 80)), seed=2)
+    assert image_ids(other) != image_ids(expected)
+    assert image_ids(repeat_split(other, split_file)) == image_ids(expected)
+
+
+def test_films_that_the_file_does_not_list_are_left_out(split_file):
+    larger = datasets.DatasetDict(train=films(0, 100))
+    assert sum(len(ids) for ids in image_ids(repeat_split(larger, split_file)).values()) == 80
+
+
+def test_the_file_names_split_film_and_patient(split_file):
+    with split_file.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 80
+    assert {row["split"] for row in rows} == {"train", "validation", "test"}
+    assert all(row["patient_id"] == f"p{int(row['image_id'].removesuffix('.png')) // 2}" for row in rows)
+
+
+def test_a_real_run_can_be_repeated(tmp_path):
+    splits = load_synthetic(20, image_size=32)
+    write_split(splits, tmp_path / "split.csv")
+    repeated = repeat_split(splits, tmp_path / "split.csv")
+    assert all(repeated[name][:] == split[:] for name, split in splits.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("split,image_id", "side,film"), "is no split file"),
+        (lambda text: text.replace("validation,", "dev,"), "has the split 'dev'"),
+        (lambda text: text + "train,999.png,p1\n", r"line 82 lists 999\.png, which the data set lacks"),
+        (lambda text: text + "train,3.png,p1\n", r"line 82 lists 3\.png, which the data set lacks or lists before"),
+    ],
+)
+def test_a_faulty_split_file_is_refused_by_line(split_file, change, message):
+    split_file.write_text(change(split_file.read_text()))
+    with pytest.raises(ValueError, match=message):
+        repeat_split(datasets.DatasetDict(train=films(0, 80)), split_file)
+
+
+def test_a_missing_split_file_and_doubled_ids_are_refused(split_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no split file .*gone\.csv"):
+        repeat_split(datasets.DatasetDict(train=films(0, 80)), tmp_path / "gone.csv")
+    with pytest.raises(ValueError, match="image_id is not unique: 81 films share 80"):
+        repeat_split(datasets.DatasetDict(train=films(0, 80), test=films(3, 4)), split_file)

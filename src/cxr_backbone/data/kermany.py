@@ -6,14 +6,15 @@ import csv
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from cxr_backbone.data.splits import is_missing, split_by_patient
+from cxr_backbone.data.files import listed_file, load_from_hub, load_shards, visible
+from cxr_backbone.data.labels import make_features
+from cxr_backbone.data.splits import complete_splits, is_missing
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,7 @@ OFFICIAL_VALIDATION = {"val", "validation"}
 IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
 LAYOUTS = "labels.csv; train/ and test/ with NORMAL/ and PNEUMONIA/; chest_xray/ around those; Parquet shards"
 
-FEATURES = datasets.Features(
-    {
-        "image": datasets.Image(),
-        "label": datasets.ClassLabel(names=LABELS),
-        "patient_id": datasets.Value("string"),
-        "subtype": datasets.Value("string"),
-    }
-)
+FEATURES = datasets.Features({**make_features(LABELS), "subtype": datasets.Value("string")})
 
 # Kaggle's names, then Mendeley's: person1312_bacteria_3317, NORMAL2-IM-0832-0001-0001, VIRUS-1135262-0001.
 FILE_NAMES = [
@@ -41,7 +35,7 @@ FILE_NAMES = [
 ]
 
 
-def load_kermany(source: str | Path, *, validation_fraction: float = 0.1, seed: int = 0) -> datasets.DatasetDict:
+def load_kermany(source: str | Path, *, num_folds: int = 10, fold: int = 0, seed: int = 0) -> datasets.DatasetDict:
     """Load the Kermany set, split by patient. No image is decoded here.
 
     The official validation split (16 films) is too small to choose anything by, so it is left out, and
@@ -57,12 +51,11 @@ def load_kermany(source: str | Path, *, validation_fraction: float = 0.1, seed: 
             a folder of Parquet shards (`train-*.parquet`, `test-*.parquet`, in it or in its `data/`), or a
             Hub id such as `hf-vision/chest-xray-pneumonia`; the file name kept with each image then tells the
             patient.
-        validation_fraction: share of train to hold out, see `split_by_patient`.
-        seed: seed of that split.
+        num_folds, fold, seed: which part of train becomes validation, see `complete_splits`.
 
     Returns:
-        Splits train, validation and test with the columns image (`datasets.Image`), label (NORMAL 0,
-        PNEUMONIA 1), patient_id, and subtype (normal, bacteria or virus).
+        Splits train, validation and test with the columns of `labels.make_features` (NORMAL 0, PNEUMONIA 1) and
+        subtype (normal, bacteria or virus).
 
     Raises:
         FileNotFoundError: no such folder or Hub data set, or a file that labels.csv lists is missing.
@@ -77,9 +70,9 @@ def load_kermany(source: str | Path, *, validation_fraction: float = 0.1, seed: 
         if name not in official:
             raise ValueError(f"{source} has no {name} split; it has {', '.join(official) or 'none'}.")
 
-    train = official["train"]
-    kept, held_out = split_by_patient(train["patient_id"], train["subtype"], validation_fraction, seed)
-    splits = datasets.DatasetDict(train=train.select(kept), validation=train.select(held_out), test=official["test"])
+    splits = complete_splits(
+        datasets.DatasetDict(official), num_folds=num_folds, fold=fold, seed=seed, stratify_by="subtype"
+    )
     for name, split in splits.items():
         logger.info("%s: %d films, %s", name, len(split), dict(sorted(Counter(split["subtype"]).items())))
     return splits
@@ -90,6 +83,7 @@ class Film:
     """One file of the set. `where` is what an error message calls it."""
 
     path: str | None
+    image_id: str
     label: str
     patient_id: str
     subtype: str
@@ -110,11 +104,11 @@ class Film:
 def _load_official(source: str | Path) -> dict[str, datasets.Dataset]:
     folder = Path(source)
     if not folder.is_dir():
-        return _from_hub(source)
+        return _with_patients(load_from_hub(source), name=str(source))
     if (folder / "labels.csv").is_file():
         return _from_films(_read_labels_csv(folder))
-    if shards := sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet")):
-        return _from_parquet(shards)
+    if shards := load_shards(folder):
+        return _with_patients(shards, name=str(folder))
     for root in (folder, folder / "chest_xray"):
         if (root / "train").is_dir() and (root / "test").is_dir():
             return _from_films(_read_class_folders(root))
@@ -132,10 +126,8 @@ def _read_labels_csv(folder: Path) -> dict[str, list[Film]]:
             where = f"{table}, line {rows.line_num}"
             if row["split"] not in {"train", "test"} | OFFICIAL_VALIDATION:
                 raise ValueError(f"{where} has the split {row['split']!r}; expected train, val or test.")
-            path = folder / (row["path"] or "")
-            if not path.is_file():
-                raise FileNotFoundError(f"{where} lists {path}, which does not exist.")
-            film = Film(str(path), row["label"], row["patient_id"], row["subtype"], where)
+            path = listed_file(folder, row["path"] or "", where)
+            film = Film(path, row["path"], row["label"], row["patient_id"], row["subtype"], where)
             films.setdefault(row["split"], []).append(film)
     return films
 
@@ -147,22 +139,18 @@ def _read_class_folders(root: Path) -> dict[str, list[Film]]:
             continue  # Mendeley's copy has none
         films[split] = []
         for class_folder in [root / split / label for label in LABELS]:
-            names = _visible_names(class_folder) if class_folder.is_dir() else []
-            paths = [class_folder / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+            found = visible(class_folder) if class_folder.is_dir() else []
+            paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
             if not paths:
                 raise ValueError(f"{class_folder} holds no images; expected JPEG or PNG files.")
             for path in paths:
                 patient_id, subtype = _parse_file_name(path.name, where=str(path))
-                films[split].append(Film(str(path), class_folder.name, patient_id, subtype, str(path)))
-        for name in _visible_names(root / split):
-            if (root / split / name).is_dir() and name not in LABELS:
-                raise ValueError(f"{root / split / name} is no known class; expected {', '.join(LABELS)}.")
+                image_id = path.relative_to(root).as_posix()
+                films[split].append(Film(str(path), image_id, class_folder.name, patient_id, subtype, str(path)))
+        for path in visible(root / split):
+            if path.is_dir() and path.name not in LABELS:
+                raise ValueError(f"{path} is no known class; expected {', '.join(LABELS)}.")
     return films
-
-
-def _visible_names(folder: Path) -> list[str]:
-    """Sorted, and without the hidden files and __MACOSX folders that zip files made on a Mac carry."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX")))
 
 
 def _from_films(films_by_split: dict[str, list[Film]]) -> dict[str, datasets.Dataset]:
@@ -172,25 +160,6 @@ def _from_films(films_by_split: dict[str, list[Film]]) -> dict[str, datasets.Dat
         )
         for split, films in films_by_split.items()
     }
-
-
-def _from_hub(source: str | Path) -> dict[str, datasets.Dataset]:
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise FileNotFoundError(f"There is no folder {source}.")
-    try:
-        loaded = datasets.load_dataset(source)
-    except (OSError, datasets.exceptions.DatasetsError) as reason:
-        raise FileNotFoundError(
-            f"{source} is neither a folder nor a Hub data set that can be loaded: {reason}"
-        ) from reason
-    return _with_patients(loaded, name=source)
-
-
-def _from_parquet(shards: Iterable[Path]) -> dict[str, datasets.Dataset]:
-    files: dict[str, list[str]] = {}
-    for shard in shards:
-        files.setdefault(shard.stem.split("-")[0], []).append(str(shard))
-    return _with_patients(datasets.load_dataset("parquet", data_files=files), name=str(shard.parent))
 
 
 def _with_patients(loaded: datasets.DatasetDict, name: str) -> dict[str, datasets.Dataset]:
@@ -208,7 +177,8 @@ def _with_patients(loaded: datasets.DatasetDict, name: str) -> dict[str, dataset
             if not path:
                 raise ValueError(f"{where} has no file name in its image, so patients can't be kept apart.")
             patient_id, subtype = _parse_file_name(Path(path).name, where=f"{where}, file {path}")
-            films.append(Film(None, label, patient_id, subtype, f"{where}, file {path}"))
+            image_id = f"{split}/{label}/{Path(path).name}"
+            films.append(Film(None, image_id, label, patient_id, subtype, f"{where}, file {path}"))
         images = undecoded.cast_column("image", datasets.Image())
         for column, values in _columns(films).items():
             images = images.add_column(column, values, feature=FEATURES[column])
@@ -237,5 +207,6 @@ def _columns(films: list[Film]) -> dict[str, list[Any]]:
     return {
         "label": [LABELS.index(film.label) for film in films],
         "patient_id": [film.patient_id for film in films],
+        "image_id": [film.image_id for film in films],
         "subtype": [film.subtype for film in films],
     }

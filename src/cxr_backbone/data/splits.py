@@ -1,59 +1,139 @@
-"""Splits that keep a patient's films together."""
+"""Splits that keep a patient's films together: folds, the rest of an incomplete split, and a split read from a file."""
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
+from cxr_backbone.data.labels import strata_of
 
-def split_by_patient(
-    patient_ids: Sequence[Any], strata: Sequence[Any], fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out a fraction of the films; no patient stands on two sides, and the strata keep their shares.
+SPLITS = ("train", "validation", "test")
+SPLIT_FILE_COLUMNS = ["split", "image_id", "patient_id"]
+
+
+def folds_by_patient(patient_ids: Sequence[Any], strata: Sequence[Any], num_folds: int, seed: int) -> np.ndarray:
+    """Deal films out to folds of about equal size; a patient's films share a fold, the strata keep their shares.
 
     Args:
         patient_ids: the patient of each film, any kind of identifier.
         strata: what to balance, film by film: a label or a subtype.
-        fraction: share of films to hold out, above 0 and at most 0.5. It is met as one fold of
-            `round(1 / fraction)`, so 0.1 is a tenth and 0.15 is a seventh.
-        seed: the same seed and input give the same split.
+        num_folds: 2 or more.
+        seed: the same seed and input give the same folds.
 
     Returns:
-        Two sorted int arrays of film indices: kept, and held out. Together they are 0 .. n - 1.
+        int array: the fold of each film, 0 to num_folds - 1.
 
     Raises:
-        ValueError: no films, lengths that differ, a missing patient id, a fraction out of range, or too few
-            patients or films for that fraction.
+        ValueError: no films, lengths that differ, a missing patient id, or too few patients or films.
     """
     if len(patient_ids) == 0:
         raise ValueError("There are no films to split: patient_ids is empty.")
     if len(patient_ids) != len(strata):
         raise ValueError(f"patient_ids has {len(patient_ids)} entries, strata {len(strata)}; expected as many.")
-    if not 0 < fraction <= 0.5:
-        raise ValueError(f"fraction must be above 0 and at most 0.5, not {fraction}.")
+    if num_folds < 2:
+        raise ValueError(f"num_folds must be 2 or more, not {num_folds}.")
     for row, patient in enumerate(patient_ids):
         if is_missing(patient):
             raise ValueError(f"Row {row} has no patient_id, so patients can't be kept apart.")
-
     patients = [str(patient) for patient in patient_ids]
-    folds = round(1 / fraction)
-    num_patients = len(set(patients))
-    if num_patients < folds:
-        raise ValueError(f"A fraction of {fraction} needs {folds} patients or more; there are {num_patients}.")
-    films_in_largest_stratum = max(Counter(strata).values())
-    if films_in_largest_stratum < folds:
-        raise ValueError(
-            f"A fraction of {fraction} needs a stratum of at least {folds} films; "
-            f"the largest has {films_in_largest_stratum}."
-        )
-    splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
+    if (num_patients := len(set(patients))) < num_folds:
+        raise ValueError(f"{num_folds} folds need {num_folds} patients or more; there are {num_patients}.")
+    if (largest := max(Counter(strata).values())) < num_folds:
+        raise ValueError(f"{num_folds} folds need a stratum of at least {num_folds} films; the largest has {largest}.")
+
+    splitter = StratifiedGroupKFold(n_splits=num_folds, shuffle=True, random_state=seed)
+    folds = np.empty(len(patients), dtype=np.int64)
     names = [str(stratum) for stratum in strata]
-    kept, held_out = next(splitter.split(np.zeros(len(patients)), names, patients))
-    return np.sort(kept), np.sort(held_out)
+    for fold, (_, members) in enumerate(splitter.split(np.zeros(len(patients)), names, patients)):
+        folds[members] = fold
+    return folds
+
+
+def complete_splits(
+    given: datasets.DatasetDict, *, num_folds: int = 10, fold: int = 0, seed: int = 0, stratify_by: str = "label"
+) -> datasets.DatasetDict:
+    """Train, validation and test, by patient; what the source does not bring is carved from its train split.
+
+    Train is dealt out to `num_folds` folds. Fold `fold` becomes validation; where the source brings no test split
+    either, the fold after it (fold 0 after the last) becomes test. So `fold` = 0, 1, ... walks through k-fold
+    cross-validation.
+
+    Args:
+        given: has train; may have validation and test, which stay as they are.
+        stratify_by: `label`, or a column of strings.
+
+    Raises:
+        ValueError: no train split, a split that is empty or unknown, a fold out of range, or as `folds_by_patient`.
+    """
+    if "train" not in given or given.keys() - set(SPLITS):
+        found = ", ".join(given) or "none"
+        raise ValueError(f"A data set has a train split, and may have validation and test; found {found}.")
+    for name, films in given.items():
+        if len(films) == 0:
+            raise ValueError(f"The {name} split has no films.")
+    if not 0 <= fold < num_folds:
+        raise ValueError(f"fold={fold} must be 0 or more and below num_folds={num_folds}.")
+    splits = datasets.DatasetDict(given)
+    if missing := [name for name in ("validation", "test") if name not in given]:
+        if len(missing) == 2 and num_folds == 2:
+            raise ValueError("num_folds=2 leaves nothing to train on: the source has no validation and no test split.")
+        train = given["train"]
+        strata = strata_of(train) if stratify_by == "label" else train[stratify_by][:]
+        folds = folds_by_patient(train["patient_id"][:], strata, num_folds, seed)
+        held_out = {name: (fold + offset) % num_folds for offset, name in enumerate(missing)}
+        splits["train"] = train.select(np.flatnonzero(~np.isin(folds, list(held_out.values()))))
+        splits |= {name: train.select(np.flatnonzero(folds == number)) for name, number in held_out.items()}
+    return datasets.DatasetDict({name: splits[name] for name in SPLITS})
+
+
+def write_split(splits: datasets.DatasetDict, path: Path) -> None:
+    """Write which film is on which side, a line a film in the order of the split, as CSV for `repeat_split`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(SPLIT_FILE_COLUMNS)
+        for name, films in splits.items():
+            for image_id, patient_id in zip(films["image_id"], films["patient_id"], strict=True):
+                lines.writerow([name, image_id, "" if patient_id is None else patient_id])
+
+
+def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDict:
+    """The same films, dealt out as `write_split` wrote it: same sides, same order. Films that the file does not list
+    are left out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is no split file, lists a film twice, or one that the data set lacks; or two films of the
+            data set share an image_id.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no split file {path}.")
+    films = datasets.concatenate_datasets(list(splits.values()))
+    rows = {image_id: row for row, image_id in enumerate(films["image_id"][:])}
+    if len(rows) < len(films):
+        raise ValueError(
+            f"image_id is not unique: {len(films)} films share {len(rows)}, so {path} can't tell them apart."
+        )
+
+    chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = csv.DictReader(file)
+        if lines.fieldnames != SPLIT_FILE_COLUMNS:
+            raise ValueError(f"{path} is no split file: expected the columns {', '.join(SPLIT_FILE_COLUMNS)}.")
+        for line in lines:
+            where = f"{path}, line {lines.line_num}"
+            if line["split"] not in chosen:
+                raise ValueError(f"{where} has the split {line['split']!r}; expected {', '.join(SPLITS)}.")
+            if line["image_id"] not in rows:
+                raise ValueError(f"{where} lists {line['image_id']}, which the data set lacks or lists before.")
+            chosen[line["split"]].append(rows.pop(line["image_id"]))
+    return datasets.DatasetDict({name: films.select(indices) for name, indices in chosen.items()})
 
 
 def is_missing(patient_id: Any) -> bool:

@@ -8,6 +8,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from cxr_backbone.data.labels import make_features
+
 LABELS = ["NORMAL", "PNEUMONIA"]
 SPLIT_SHARES = {"train": 0.70, "validation": 0.15}  # test takes the rest
 MIN_PATIENTS = 20
@@ -26,8 +28,8 @@ def load_synthetic(num_patients: int = 300, *, image_size: int = 150, seed: int 
         seed: the same arguments draw the same films.
 
     Returns:
-        Splits train, validation and test with the columns image (`datasets.Image`, PNG bytes), label
-        (NORMAL 0, PNEUMONIA 1), patient_id, and subtype ("normal", or "drawn" for an opacity).
+        Splits train, validation and test with the columns of `labels.make_features` (PNG bytes; NORMAL 0,
+        PNEUMONIA 1) and subtype ("normal", or "drawn" for an opacity).
 
     Raises:
         ValueError: fewer than 20 patients, or an image_size or seed out of range.
@@ -36,14 +38,7 @@ def load_synthetic(num_patients: int = 300, *, image_size: int = 150, seed: int 
         raise ValueError(f"num_patients must be at least {MIN_PATIENTS}, not {num_patients}.")
     if seed < 0:
         raise ValueError(f"seed must not be negative, but is {seed}.")
-    features = datasets.Features(
-        {
-            "image": datasets.Image(),
-            "label": datasets.ClassLabel(names=LABELS),
-            "patient_id": datasets.Value("string"),
-            "subtype": datasets.Value("string"),
-        }
-    )
+    features = datasets.Features({**make_features(LABELS), "subtype": datasets.Value("string")})
     # Neighbouring data set seeds share no phantom.
     phantom_seeds = np.random.SeedSequence(seed).generate_state(num_patients)
     rows: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
@@ -55,11 +50,13 @@ def load_synthetic(num_patients: int = 300, *, image_size: int = 150, seed: int 
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
             patient_id = f"phantom{patient}"
+            image_id = f"{patient_id}_{film}.png"
             rows[split].append(
                 {
-                    "image": {"bytes": png.getvalue(), "path": f"{patient_id}_{film}.png"},
+                    "image": {"bytes": png.getvalue(), "path": image_id},
                     "label": label,
                     "patient_id": patient_id,
+                    "image_id": image_id,
                     "subtype": "drawn" if label else "normal",
                 }
             )

@@ -1,0 +1,141 @@
+"""Files that sources find on disk: which of them count, whether they stay in their folder, whose films they are."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import datasets
+
+IMAGE_SUFFIXES = {".bmp", ".dcm", ".dicom", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
+SPLIT_OF_NAME = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+LEFT_BY_SYSTEMS = {"__MACOSX", "Thumbs.db", "desktop.ini"}
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted by name, without hidden files and what macOS and Windows leave behind."""
+    return sorted(
+        path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in LEFT_BY_SYSTEMS
+    )
+
+
+def visible_files(folder: Path, root: Path) -> Iterator[Path]:
+    """All visible files below a folder, in sorted order.
+
+    Raises:
+        ValueError: a link that leads out of `root`, or to a folder (which could lead back to itself).
+    """
+    for path in visible(folder):
+        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(root.resolve())):
+            raise ValueError(f"{path} is a link to a folder or out of {root}; expected a file or folder in its place.")
+        if path.is_dir():
+            yield from visible_files(path, root)
+        else:
+            yield path
+
+
+def listed_file(folder: Path, name: str, where: str) -> str:
+    """The real path of a file that a table lists, relative to `folder` or absolute in it.
+
+    A table from elsewhere must not make this machine read, and an audit show, a file that is no part of the data.
+
+    Args:
+        where: what a message calls the line that lists it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a path that leaves the folder, by `..`, by a link or as an absolute one; or that no file can have.
+    """
+    try:
+        path = Path(os.path.realpath(folder / name))
+        exists = path.is_file()
+    except (OSError, ValueError):  # too long, a zero byte
+        raise ValueError(f"{where} has an image path that no file can have.") from None
+    if not exists:
+        raise FileNotFoundError(f"{where} lists {name!r}, which is no file in {folder}.")
+    if not path.is_relative_to(os.path.realpath(folder)):
+        raise ValueError(f"{where} lists {name}, which is outside {folder}; expected a file inside it.")
+    return str(path)
+
+
+def patients_by_pattern(names: Sequence[str], pattern: str, where: Callable[[int], str]) -> list[str]:
+    """The patient of each file: where `pattern` matches its name, the first group if it has one, else the match.
+
+    Args:
+        names: paths, as a table writes them or relative to the source.
+        where: what a message calls a row.
+
+    Raises:
+        ValueError: no regular expression, or a name that it finds no patient in.
+    """
+    try:
+        search = re.compile(pattern)
+    except re.error as reason:
+        raise ValueError(f"patient_pattern={pattern!r} is no regular expression: {reason}.") from None
+    patients = []
+    for row, name in enumerate(names):
+        match = search.search(name)
+        patient = match[1 if search.groups else 0] if match else None
+        if not patient:
+            raise ValueError(f"{where(row)}: patient_pattern={pattern!r} finds no patient in {name!r}.")
+        patients.append(patient)
+    return patients
+
+
+def split_of(name: str, where: str) -> str:
+    """The split that a name of any case means: train; validation, val, valid or dev; test.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if name.lower() not in SPLIT_OF_NAME:
+        raise ValueError(f"{where} has the split {name!r}; expected one of {', '.join(SPLIT_OF_NAME)}.")
+    return SPLIT_OF_NAME[name.lower()]
+
+
+def load_shards(folder: Path) -> datasets.DatasetDict | None:
+    """Parquet shards, `train-*.parquet` and the like, in a folder or its `data/`; None where there are none.
+
+    Raises:
+        ValueError: as `load_parquet`.
+    """
+    shards = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
+    files: dict[str, list[str]] = {}
+    for shard in shards:
+        files.setdefault(shard.stem.split("-")[0], []).append(str(shard))
+    return load_parquet(files, folder) if files else None
+
+
+def load_parquet(files: Mapping[str, Sequence[str]], source: Path) -> datasets.DatasetDict:
+    """Parquet files by split.
+
+    Raises:
+        ValueError: a damaged file, or shards that differ in their columns; it names `source`.
+    """
+    try:
+        return datasets.load_dataset("parquet", data_files=dict(files))
+    except (ValueError, OSError, NotImplementedError, datasets.exceptions.DatasetsError) as reason:  # also Arrow's own
+        raise ValueError(f"{source} can't be read as Parquet: {reason}") from reason
+
+
+def load_from_hub(source: str | Path) -> datasets.DatasetDict:
+    """A data set of the Hub.
+
+    Raises:
+        FileNotFoundError: the source is no Hub id, or can't be loaded from there.
+    """
+    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    try:
+        return datasets.load_dataset(source)
+    except (OSError, datasets.exceptions.DatasetsError) as reason:
+        raise FileNotFoundError(f"{source} is neither here nor a Hub data set that can be loaded: {reason}") from reason
