@@ -14,22 +14,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from datasets import DatasetDict
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
 from cxr_backbone import CXRInceptionForImageClassification
-from cxr_backbone.data.kermany import load_kermany
-from cxr_backbone.data.decoding import decode_once
-from cxr_backbone.data.synthetic import load_synthetic
-from cxr_backbone.evaluation.metrics import binary_metrics, positive_scores
+from cxr_backbone.data.audit import audit, leaks, summary
+from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.data.labels import is_multi_label, label_names
+from cxr_backbone.data.shards import Stream
+from cxr_backbone.evaluation.metrics import classification_metrics
 from cxr_backbone.evaluation.report import comparison_table
 from cxr_backbone.hub import check_push_access, push_folder, write_card
 from cxr_backbone.training.arguments import parse_arguments
-from cxr_backbone.training.batches import make_loader
 from cxr_backbone.training.features import extract_features
-from cxr_backbone.training.hardware import choose_precision, use_threads
+from cxr_backbone.training.films import check_classes, decode_films, open_films
+from cxr_backbone.training.hardware import choose_precision, join_processes, use_threads
 from cxr_backbone.training.loop import predict
 from cxr_backbone.training.phases import fine_tune, fit_head
 from cxr_backbone.training.start import start_model
@@ -41,10 +42,12 @@ MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 def main() -> None:
     # Everything that can be wrong with what was asked for comes to light here, before any training.
     try:
-        arguments, run, model, image_processor, films, data = prepare(sys.argv[1:])
+        arguments, run, films, report, model, image_processor = prepare(sys.argv[1:])
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"two_stage.py: {' '.join(str(error).split())}")
-    seed = arguments.run.seed
+    seed, batch_size = arguments.run.seed, arguments.frozen.batch_size
+    names = label_names(films.splits["train"].features)
+    validation, test = films.splits["validation"], films.splits["test"]
 
     disable_progress_bar()  # of saving and loading; training has its own
     use_threads(arguments.run.cpu_threads)
@@ -56,9 +59,8 @@ def main() -> None:
         project_dir=run.path,
     )
     accelerator.init_trackers("cxr-backbone")
-    run.start(arguments, data, accelerator)
+    run.start(arguments, films, report, accelerator)
     model.to(accelerator.device, memory_format=torch.channels_last)
-    labels = {split: torch.tensor(rows["label"]) for split, rows in data.items()}
 
     def log(**values):
         if accelerator.is_main_process:
@@ -74,17 +76,16 @@ def main() -> None:
     # Phase one: the backbone is frozen, so each image goes through it once; the head is fitted to the features.
     started = time.perf_counter()
     model.freeze_backbone()
-    features = {
-        split: extract_features(
+    features, labels = {}, {}
+    for split, rows in (("train", films.train), ("validation", validation)):
+        features[split], labels[split] = extract_features(
             model.cxr_inception,
-            data[split],
+            rows,
             image_processor,
             accelerator,
-            batch_size=arguments.frozen.batch_size,
+            batch_size=batch_size,
             cache_dir=run.path / "features",
         )
-        for split in ("train", "validation")
-    }
     fit_head(
         model,
         features["train"],
@@ -101,8 +102,8 @@ def main() -> None:
     started = time.perf_counter()
     fine_tune(
         model,
-        data["train"],
-        data["validation"],
+        films.train,
+        validation,
         image_processor,
         accelerator,
         arguments.fine_tuning,
@@ -119,14 +120,14 @@ def main() -> None:
         trained = CXRInceptionForImageClassification.from_pretrained(folder).eval()
         trained.to(accelerator.device, memory_format=torch.channels_last)
         metrics[phase] = {"seconds": seconds[phase]}
-        for split in ("train", "validation", "test"):
+        for split, rows in (("train", films.train), ("validation", validation), ("test", test)):
             if phase == "frozen" and split in features:
+                truth = labels[split]
                 with torch.no_grad():
                     logits = trained.classifier(features[split].to(accelerator.device)).cpu()
             else:
-                loader = make_loader(data[split], arguments.frozen.batch_size, accelerator)
-                logits = predict(trained, loader, image_processor, accelerator)
-            metrics[phase][split] = binary_metrics(labels[split].numpy(), positive_scores(logits))
+                logits, truth = predict(trained, rows, image_processor, accelerator, batch_size=batch_size)
+            metrics[phase][split] = classification_metrics(truth.numpy(), logits, names)
 
     accelerator.end_training()
     if not accelerator.is_main_process:
@@ -135,16 +136,16 @@ def main() -> None:
     write_card(run.path, run.fine_tuned, MODEL_CARD, arguments.run.hub_model_id or run.path.name)
     print(comparison_table(metrics))
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)
-    film = films["test"][0]
-    print(f"{run.fine_tuned} says of a test image of class {films['test'].features['label'].int2str(film['label'])}:")
-    print(classify(film["image"]))
+    film = Image.fromarray(stack_pixels([test[0]])[0])
+    print(f"{run.fine_tuned} says of a test image labelled {label_text(test)}:")
+    print(classify(film))
     if arguments.run.push_to_hub:
         print(push_folder(run.fine_tuned, arguments.run.hub_model_id))
 
 
 def prepare(argv):
-    """The resolved arguments, the run directory, the model with its image processor, the images, and the same images
-    decoded."""
+    """The resolved arguments, the run directory, the decoded films with their audit, the model and its image
+    processor."""
     arguments = parse_arguments(argv)
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
@@ -152,36 +153,34 @@ def prepare(argv):
     if arguments.run.push_to_hub:
         check_push_access(arguments.run.hub_model_id)
 
-    if arguments.data.source == "synthetic":
-        films = load_synthetic(
-            arguments.data.num_patients, image_size=arguments.model.image_size, seed=arguments.run.seed
-        )
-    else:
-        films = load_kermany(
-            arguments.data.source,
-            num_folds=round(1 / arguments.data.validation_fraction),
-            seed=arguments.run.seed,
-        )
-    names = films["train"].features["label"].names
-    for split, rows in films.items():
-        for index, name in enumerate(names):
-            if index not in rows["label"]:
-                raise ValueError(
-                    f"data.source: the {split} split of {arguments.data.source} has no image of class {name}."
-                )
-    if len(films["train"]) < arguments.fine_tuning.batch_size:
+    settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
+    opened = open_films(arguments.data, **settings)
+    features = opened.features if isinstance(opened, Stream) else opened["train"].features
+    model, image_processor = start_model(arguments.model, label_names(features), multi_label=is_multi_label(features))
+    films = decode_films(opened, arguments.data, **settings)
+    check_classes(films.splits, arguments.data)
+    if len(films.train) < arguments.fine_tuning.batch_size:
         raise ValueError(
             f"fine_tuning.batch_size={arguments.fine_tuning.batch_size} is more than the "
-            f"{len(films['train'])} images to train on."
+            f"{len(films.train)} images to train on."
         )
-    model, image_processor = start_model(arguments.model, names)
-    data = DatasetDict(
-        {
-            split: decode_once(rows, arguments.model.image_size, arguments.data.cache_dir)
-            for split, rows in films.items()
-        }
-    )
-    return arguments, run, model, image_processor, films, data
+    report = audit(films.splits, films.unreadable)
+    if join_processes().is_main_process:
+        print(summary(report))
+    for kind, sentence in leaks(report).items():
+        if kind not in arguments.data.allow_leaks:
+            raise ValueError(
+                f"{sentence} Look at them with recipes/audit.py; to train all the same: --data.allow_leaks {kind}"
+            )
+    return arguments, run, films, report, model, image_processor
+
+
+def label_text(rows):
+    """The label of the first film in words."""
+    label, names = rows[0]["label"], rows.features["label"]
+    if isinstance(label, dict):
+        return ", ".join(name for name, value in label.items() if value == 1) or "none of the findings"
+    return names.int2str(label)
 
 
 if __name__ == "__main__":

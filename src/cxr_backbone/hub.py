@@ -42,11 +42,11 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
     environment = json.loads((run / "environment.json").read_text())
     arguments = yaml.safe_load((run / "config.yaml").read_text())
     config = json.loads((model / "config.json").read_text())
-    data_source = _without_folders(arguments["data"]["source"])
+    data_source = _without_folders(arguments["data"]["source"] or arguments["data"]["format"])
     results = [
         EvalResult("image-classification", data_source, data_source, name, round(value, 4), dataset_split="test")
         for name, value in metrics["fine_tuned"]["test"].items()
-        if name != "images"
+        if name != "images" and value is not None
     ]
     card_data = ModelCardData(
         license="apache-2.0",
@@ -61,6 +61,7 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
         template_path=str(template),
         repo_id=repo_id,
         labels=list(config["id2label"].values()),
+        multi_label=config["problem_type"] == "multi_label_classification",
         image_size=config["image_size"],
         data_source=data_source,
         init=_without_folders(arguments["model"]["init"] or "random"),

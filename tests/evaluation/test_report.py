@@ -63,6 +63,13 @@ def test_a_figure_that_is_missing_is_not_passed_over(metrics):
         comparison_table(metrics)
 
 
+def test_findings_have_a_row_each_and_what_is_not_defined_a_dash():
+    figures = {"loss": 0.5, "mean_auroc": 0.75, "auroc Mass": 0.75, "auroc Hernia": None, "images": 9}
+    table = comparison_table({phase: {**dict.fromkeys(SPLITS, figures), "seconds": 1.0} for phase in PHASES})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert ["auroc Mass", *["0.7500"] * 6] in rows and ["auroc Hernia", *["–"] * 6] in rows
+
+
 def test_the_table_is_markdown_with_aligned_columns():
     lines = markdown_table(["", "long heading"], [["a", "1"], ["bb", ""]]).splitlines()
     assert lines == [

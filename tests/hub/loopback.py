@@ -2,8 +2,9 @@
 
 As on the Hub: tokens, small text files in the commit itself, big or binary files through Git LFS, one commit
 a request, unchanged files recognised, ETags, and the error codes that the client turns into exceptions.
-Simpler than the Hub: model repositories only, all public, one branch (main), no Xet, and `create_repo` makes
-no first commit, so that a repository's commits are those that its users made.
+Simpler than the Hub: all repositories are public, have one branch (main) and no Xet; data sets are read only, under ids
+such as "datasets/org/films"; and `create_repo` makes no first commit, so that a repository's commits are those that its
+users made.
 """
 
 import base64
@@ -14,7 +15,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 
@@ -108,9 +109,10 @@ class _Handler(BaseHTTPRequestHandler):
         # The body is read whatever the answer, or its rest would be taken for the connection's next request.
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.hub.requests.append(f"{self.command} {self.path}")
-        status, self.reply_headers = 200, {}
+        self.reply_status, self.reply_headers = 200, {}
         try:
             reply = self.route()
+            status = self.reply_status
         except _Refusal as refusal:
             status, reply = refusal.status, refusal.body
             self.reply_headers |= refusal.headers
@@ -236,15 +238,37 @@ def _commit(request: _Handler, repo: str, revision: str) -> dict:
     return {"success": True, "commitOid": sha, "commitUrl": f"{request.hub.endpoint}/{repo}/commit/{sha}"}
 
 
-def _model_info(request: _Handler, repo: str, revision: str) -> dict:
+def _repo_info(request: _Handler, repo: str, revision: str) -> dict:
     commit = request.repo(repo).at(revision)
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
     return {"id": repo, "sha": commit.sha, "private": False, "tags": [], "siblings": siblings}
 
 
-def _tree(request: _Handler, repo: str, revision: str) -> list:
-    files = sorted(request.repo(repo).at(revision).files.items())
-    return [{"type": "file", "path": path, "size": len(it), "oid": _oid(it)} for path, it in files]
+def _tree(request: _Handler, repo: str, revision: str, path: str = "") -> list:
+    """The files and folders in a folder; with `recursive`, all below it."""
+    files = request.repo(repo).at(revision).files
+    inside = [name for name in _with_folders(files) if name.startswith(f"{path}/" if path else "")]
+    if path and not inside:
+        raise _Refusal(404, "Entry not found", "EntryNotFound")
+    if "recursive=true" not in urlsplit(request.path).query.lower():
+        inside = [name for name in inside if "/" not in name.removeprefix(f"{path}/")]
+    return [_entry(name, files) for name in inside]
+
+
+def _paths_info(request: _Handler, repo: str, revision: str) -> list:
+    files = request.repo(repo).at(revision).files
+    return [_entry(name, files) for name in request.json()["paths"] if name in _with_folders(files)]
+
+
+def _with_folders(files: dict[str, bytes]) -> list[str]:
+    folders = {parent.as_posix() for name in files for parent in PurePosixPath(name).parents} - {"."}
+    return sorted({*files, *folders})
+
+
+def _entry(name: str, files: dict[str, bytes]) -> dict:
+    if name not in files:
+        return {"type": "directory", "path": name, "oid": "0" * 40}
+    return {"type": "file", "path": name, "size": len(files[name]), "oid": _oid(files[name])}
 
 
 def _resolve(request: _Handler, repo: str, revision: str, path: str) -> bytes:
@@ -254,10 +278,15 @@ def _resolve(request: _Handler, repo: str, revision: str, path: str) -> bytes:
         raise _Refusal(404, "Entry not found", "EntryNotFound")
     content = commit.files[path]
     request.reply_headers |= {"ETag": f'"{_oid(content)}"', "X-Linked-Size": str(len(content))}
+    if part := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")):
+        first, last = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        request.reply_headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+        request.reply_status = 206
+        content = content[first : last + 1]
     return content
 
 
-_REPO, _REVISION, _OID = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
+_REPO, _REVISION, _OID = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)", r"(?P<oid>[0-9a-f]{64})"
 _ROUTES = [
     (["GET"], "/api/whoami-v2", _whoami),
     (["POST"], "/api/validate-yaml", _validate_yaml),
@@ -267,8 +296,10 @@ _ROUTES = [
     (["PUT"], f"/lfs/{_OID}", _lfs_put),
     (["POST"], f"/lfs/{_OID}/verify", _lfs_verify),
     (["POST"], f"/api/models/{_REPO}/commit/{_REVISION}", _commit),
-    (["GET"], f"/api/models/{_REPO}(?:/revision/{_REVISION})?", _model_info),
-    (["GET"], f"/api/models/{_REPO}/tree/{_REVISION}", _tree),
+    (["GET"], f"/api/(?:models/)?{_REPO}(?:/revision/{_REVISION})?", _repo_info),
+    (["GET"], f"/api/(?:models/)?{_REPO}/tree/{_REVISION}", _tree),
+    (["GET"], f"/api/(?:models/)?{_REPO}/tree/{_REVISION}/(?P<path>.+)", _tree),
+    (["POST"], f"/api/{_REPO}/paths-info/{_REVISION}", _paths_info),
     (["GET", "HEAD"], f"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _resolve),
 ]
 

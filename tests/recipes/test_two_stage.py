@@ -3,7 +3,7 @@
 import csv
 import importlib.util
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,41 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from running import ROOT, Run
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionModel
+from cxr_backbone.data.labels import label_names
 from cxr_backbone.data.synthetic import draw_phantom
 from cxr_backbone.evaluation.report import comparison_table
 from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.weights import CONV_NAMES, load_inception_v3
-
-ROOT = Path(__file__).parents[2]
-
-
-class Run:
-    """A run of the recipe in a process of its own, with a cache of its own."""
-
-    def __init__(self, folder, config, **overrides):
-        self.path = folder / "run"
-        self.environment = {**os.environ, "HF_HOME": str(folder / "hf-home"), "HF_HUB_OFFLINE": "1"}
-        overrides |= {"run.output_dir": [self.path], "run.mixed_precision": ["no"], "run.cpu_threads": [1]}
-        self.argv = [config, *(word for name, values in overrides.items() for word in (f"--{name}", *values))]
-        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"]
-        self.process = self.python(*launch, "recipes/two_stage.py", *self.argv)
-        assert self.process.returncode == 0, self.process.stderr
-
-    def python(self, *argv):
-        command = [sys.executable, *map(str, argv)]
-        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600)
-
-    def read(self, name):
-        return json.loads((self.path / name).read_text())
-
-    @property
-    def log(self):
-        return [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +65,7 @@ def real_run(real_films, real_weights, tmp_path_factory):
     return Run(
         tmp_path_factory.mktemp("real"),
         "recipes/configs/pneumonia.yaml",
-        **{"data.source": [real_films], "data.validation_fraction": [0.25], "fine_tuning.epochs": [1]},
+        **{"data.source": [real_films], "data.num_folds": [4], "fine_tuning.epochs": [1]},
         **{"model.init": [real_weights], "model.image_mean": [0.0], "model.image_std": [1.0]},
         **{"model.avg_pool_count_include_pad": ["false"], "model.image_size": [75], "fine_tuning.batch_size": [16]},
     )
@@ -101,7 +77,7 @@ def run(request):
 
 
 def test_the_run_directory_is_complete(run):
-    files = {"config.yaml", "environment.json", "split.json", "log.jsonl", "metrics.json"}
+    files = {"config.yaml", "environment.json", "split.csv", "audit.json", "audit.html", "log.jsonl", "metrics.json"}
     assert {path.name for path in run.path.iterdir()} >= {*files, "frozen", "fine_tuned"}
     for phase in ("frozen", "fine_tuned"):
         assert {path.name for path in (run.path / phase).iterdir()} >= {
@@ -116,7 +92,7 @@ def test_the_config_on_file_is_what_was_run(run):
 
 def test_the_table_is_printed_and_says_what_the_metrics_file_says(run):
     assert comparison_table(run.read("metrics.json")) in run.process.stdout
-    assert f"{run.path / 'fine_tuned'} says of a test image of class " in run.process.stdout
+    assert f"{run.path / 'fine_tuned'} says of a test image labelled " in run.process.stdout
     assert "'label': 'PNEUMONIA'" in run.process.stdout
 
 
@@ -133,7 +109,10 @@ def test_a_tracker_gets_the_figures(phantom_run):
 
 def test_no_patient_stands_in_train_and_validation(run):
     # Not so for test: the official files give some numbers to two people, one in train and one in test.
-    split = {name: set(ids) for name, ids in run.read("split.json").items()}
+    with (run.path / "split.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("train", "validation", "test")
+    split = {name: {row["patient_id"] for row in rows if row["split"] == name} for name in names}
     assert min(map(len, split.values())) > 1
     assert not split["train"] & split["validation"]
 
@@ -208,13 +187,14 @@ def recipe():
 @pytest.fixture
 def films(tmp_path):
     """Phantoms in Kaggle's layout: nothing wrong with them yet."""
-    for split, number in (("train", 12), ("test", 2)):
+    for split, first, last in (("train", 1, 12), ("test", 21, 22)):
         for label in ("NORMAL", "PNEUMONIA"):
             folder = tmp_path / "films" / split / label
             folder.mkdir(parents=True)
-            for n in range(1, number + 1):
+            for n in range(first, last + 1):
                 name = f"IM-{n:04}-0001.png" if label == "NORMAL" else f"person{n}_virus_{n}.png"
-                Image.fromarray(draw_phantom(n, opacity=label != "NORMAL", image_size=75)).save(folder / name)
+                film = draw_phantom(n + 100 * (label != "NORMAL"), opacity=label != "NORMAL", image_size=75)
+                Image.fromarray(film).save(folder / name)
     return tmp_path / "films"
 
 
@@ -236,7 +216,7 @@ def weights(tmp_path):
 def config(tmp_path, films, weights):
     (tmp_path / "config.yaml").write_text(
         f"run: {{output_dir: {tmp_path / 'run'}}}\n"
-        f"data: {{source: {films}, validation_fraction: 0.25, cache_dir: {tmp_path / 'cache'}}}\n"
+        f"data: {{source: {films}, format: kermany, num_folds: 4, cache_dir: {tmp_path / 'cache'}}}\n"
         f"model: {{init: {weights}, image_mean: [0.5], image_std: [0.5], image_size: 75, depth_multiplier: 0.1}}\n"
         "fine_tuning: {batch_size: 4, epochs: 1}\n"
     )
@@ -295,7 +275,7 @@ def unreadable_image(films, weights):
 
 
 def truncated_image(films, weights):
-    path = films / "test/PNEUMONIA/person2_virus_2.png"
+    path = films / "test/PNEUMONIA/person22_virus_22.png"
     path.write_bytes(path.read_bytes()[:400])
     return [str(path)]
 
@@ -347,18 +327,37 @@ def filled_run_directory(films, weights):
     return ["run.output_dir", str(films.parent / "run")]
 
 
+def same_patient_in_test(films, weights):
+    film = films / "test/PNEUMONIA/person22_virus_22.png"
+    film.rename(film.with_name("person5_virus_22.png"))
+    return ["1 patient", "person5", "recipes/audit.py", "--data.allow_leaks patients"]
+
+
+def same_film_in_test(films, weights):
+    shutil.copy(films / "train/NORMAL/IM-0007-0001.png", films / "test/NORMAL/IM-0023-0001.png")
+    return ["IM-0007-0001.png", "IM-0023-0001.png", "--data.allow_leaks duplicates"]
+
+
 FAULTS = [
     *(no_folder, empty_folder, empty_class_folder, unreadable_image, truncated_image, file_without_a_patient),
     *(unknown_label, listed_file_is_missing, no_healthy_chest_to_test_on),
+    *(same_patient_in_test, same_film_in_test),
     *(missing_tensor, misshapen_tensor, broken_weights, filled_run_directory),
 ]
 
 
 def test_without_a_fault_the_same_files_are_taken(recipe, config, tmp_path):
-    _, run, model, _, films, data = recipe.prepare([str(config)])
-    assert {split: len(rows) for split, rows in data.items()} == {"train": 18, "validation": 6, "test": 4}
-    assert films["train"].features["label"].names == ["NORMAL", "PNEUMONIA"] == list(model.config.label2id)
+    _, run, films, _, model, _ = recipe.prepare([str(config)])
+    assert {split: len(rows) for split, rows in films.splits.items()} == {"train": 18, "validation": 6, "test": 4}
+    assert label_names(films.splits["train"].features) == ["NORMAL", "PNEUMONIA"] == list(model.config.label2id)
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(("leak", "kind"), [(same_patient_in_test, "patients"), (same_film_in_test, "duplicates")])
+def test_a_leak_passes_if_it_is_told_to(recipe, config, films, weights, capsys, leak, kind):
+    leak(films, weights)
+    recipe.prepare([str(config), "--data.allow_leaks", kind])
+    assert "**LEAK**" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -377,8 +376,10 @@ SETTINGS = [
     (["--fine_tuning.learningrate", "1"], ["fine_tuning.learningrate", "learning_rate"]),
     (["--fine_tuning.epochs", "few"], ["epochs", "few"]),
     (["--fine_tuning.batch_size", "19"], ["fine_tuning.batch_size=19", "18 images"]),
-    (["--data.validation_fraction", "0.01"], ["0.01", "patients"]),
-    (["--data.source", "synthetic", "--data.num_patients", "5"], ["num_patients", "5"]),
+    (["--data.num_folds", "100"], ["100 folds", "100 patients"]),
+    (["--data.fold", "4"], ["fold=4", "num_folds=4"]),
+    (["--data.num_patients", "5"], ["data.num_patients", "data.format=kermany"]),
+    (["--data.split_file", "/nowhere/split.csv"], ["/nowhere/split.csv"]),
     (["--model.init", "/nowhere/inception.safetensors"], ["/nowhere/inception.safetensors"]),
     (["--model.depth_multiplier", "0.5"], ["inception.safetensors", "depth_multiplier=0.5"]),
     (["--model.image_mean", "null"], ["inception.safetensors", "image_mean"]),
@@ -411,7 +412,7 @@ def test_a_config_that_does_not_exist_ends_the_process_with_one_line_and_status_
 def test_the_seed_decides_where_the_head_starts(recipe, config):
     def start(seed, torch_seed):
         torch.manual_seed(torch_seed)
-        _, _, model, *_ = recipe.prepare([str(config), "--run.seed", str(seed)])
+        *_, model, _ = recipe.prepare([str(config), "--run.seed", str(seed)])
         return model.classifier.output_layer.weight
 
     assert torch.equal(start(seed=0, torch_seed=0), start(seed=0, torch_seed=1))

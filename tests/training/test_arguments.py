@@ -9,7 +9,7 @@ import yaml
 from cxr_backbone.training.arguments import Arguments, FineTuningArguments, FrozenArguments, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes/configs").glob("*.yaml"))
-MINIMAL = "run: {output_dir: runs/test}\ndata: {source: synthetic}\n"
+MINIMAL = "run: {output_dir: runs/test}\ndata: {format: kermany, source: films}\n"
 
 
 @pytest.fixture
@@ -65,6 +65,8 @@ def test_a_number_is_read_however_it_is_written(parse, written, value):
         ("model: {avg_pool_count_include_pad: false}", [], "model", "avg_pool_count_include_pad", False),
         ("", ["--fine_tuning.gradient_checkpointing", "true"], "fine_tuning", "gradient_checkpointing", True),
         ("", ["--data.source=my films"], "data", "source", "my films"),
+        ("", ["--data.label_columns", "Edema", "Lung Opacity"], "data", "label_columns", ["Edema", "Lung Opacity"]),
+        ("", ["--data.patient_pattern", r"patient(\d+)"], "data", "patient_pattern", r"patient(\d+)"),
         ("", ["--run.cpu_threads", "3"], "run", "cpu_threads", 3),
     ],
 )
@@ -99,7 +101,7 @@ def test_what_is_written_out_is_read_back_the_same(parse, tmp_path):
         ("xyz: {a: 1}", [], "no section 'xyz'; known are data, fine_tuning, frozen, model, run"),
         ("fine_tuning: {learning_rat: 1}", [], "no field fine_tuning.learning_rat; did you mean 'learning_rate'"),
         ("", ["--run.sed", "1"], "no field run.sed; did you mean 'seed'"),
-        ("", ["--data.zzz", "1"], "no field data.zzz; known are cache_dir, num_patients"),
+        ("", ["--data.zzz", "1"], "no field data.zzz; known are allow_leaks, cache_dir"),
         ("", ["--seed", "1"], "--seed is not known; fields are given as --section.field"),
         ("", ["stray"], "'stray' does not belong to any"),
     ],
@@ -130,8 +132,11 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
     "section, name, value",
     [
         ("run", "mixed_precision", "fp8"),
-        ("data", "validation_fraction", 0),
-        ("data", "validation_fraction", 0.6),
+        ("data", "format", "folder"),
+        ("data", "decoding", "fast"),
+        ("data", "unreadable", "ignore"),
+        ("data", "allow_leaks", ["patients", "all"]),
+        ("data", "num_workers", -1),
         ("frozen", "l2_strengths", [-0.1, 1]),
         ("fine_tuning", "epochs", 0),
         ("fine_tuning", "batch_size", 0),
@@ -172,11 +177,20 @@ def test_two_values_for_one_are_refused_by_name(parse):
         parse("", "--run.seed", "1", "2")
 
 
-@pytest.mark.parametrize("missing, text", [("output_dir", "data: {source: a}"), ("source", "run: {output_dir: a}")])
+@pytest.mark.parametrize(
+    "missing, text", [("output_dir", "data: {format: synthetic}"), ("format", "run: {output_dir: a}")]
+)
 def test_where_the_data_are_and_where_results_go_must_be_said(tmp_path, missing, text):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"required: --{missing}"):
         parse_arguments([str(tmp_path / "config.yaml")])
+
+
+def test_a_source_is_named_where_there_is_one_and_only_there(parse):
+    assert parse("", "--data.format", "synthetic", "--data.source", "null").data.source is None
+    for argv in (["--data.format", "synthetic"], ["--data.source", "null"]):
+        with pytest.raises(ValueError, match=r"data\.source=.* is not allowed; expected a folder, a file or a Hub id"):
+            parse("", *argv)
 
 
 @pytest.mark.parametrize("text", ["run: [", "run: {a: b", "a: b: c"])

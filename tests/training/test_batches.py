@@ -1,5 +1,8 @@
 """What training feeds the network is what the image processor would have made of the same film."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,9 +10,13 @@ from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 
 from cxr_backbone import CXRInceptionImageProcessor
-from cxr_backbone.data.decoding import decode_once
+from cxr_backbone.data.decoding import decode_once, stack_pixels
+from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.data.synthetic import load_synthetic
-from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
+from cxr_backbone.training.batches import run_through, to_images, to_pixel_values, training_loader
+
+SIZE = {"height": 2, "width": 2}
+RAW = CXRInceptionImageProcessor(size=SIZE, image_mean=[0.0], image_std=[1.0])
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +29,20 @@ def rows(films, tmp_path_factory):
     return decode_once(films, 75, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def numbered():
-    """23 rows of 2 x 2 pixels; pixels and label of a row are its number."""
-    return Dataset.from_dict(
-        {"pixels": [bytes([n] * 4) for n in range(23)], "label": list(range(23)), "other": [""] * 23}
-    )
+def number_rows(labels):
+    """Rows of 2 x 2 pixels, whose value is the number of the row."""
+    return Dataset.from_dict({"pixels": [bytes([n] * 4) for n in range(len(labels))], "label": labels})
+
+
+def as_stream(rows, num_shards=3, num_workers=0):
+    return FilmStream(rows.to_iterable_dataset(num_shards=num_shards), len(rows), "numbered", num_workers)
+
+
+@pytest.fixture(params=["rows", "stream"])
+def numbered(request):
+    """23 rows; pixels and label of a row are its number."""
+    rows = number_rows(list(range(23)))
+    return rows if request.param == "rows" else as_stream(rows)
 
 
 def accelerator():
@@ -43,8 +58,8 @@ def test_pixel_values_are_the_image_processors_own(films, rows, mean, std):
     size = {"height": 75, "width": 75}
     image_processor = CXRInceptionImageProcessor(size=size, num_channels=len(mean), image_mean=mean, image_std=std)
     expected = image_processor(films["image"][:], return_tensors="pt")["pixel_values"]
-    (batch,) = make_loader(rows, len(rows), accelerator())
-    found = to_pixel_values(to_images(batch["pixels"]), image_processor)
+    pixels = torch.from_numpy(stack_pixels(list(rows))).unsqueeze(1)
+    found = to_pixel_values(to_images(pixels), image_processor)
     assert found.shape == expected.shape == (len(films), len(mean), 75, 75)
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -57,27 +72,41 @@ def test_images_run_from_0_to_1_and_the_bytes_stay_as_they_are():
     assert pixels.flatten().tolist() == [0, 51, 255]
 
 
-def test_evaluation_sees_every_row_once_in_order(numbered):
-    loader = make_loader(numbered, 8, accelerator())
-    batches = list(loader)
-    assert [batch["pixels"].shape for batch in batches] == [(8, 1, 2, 2), (8, 1, 2, 2), (7, 1, 2, 2)]
-    assert {(batch["pixels"].dtype, batch["label"].dtype) for batch in batches} == {(torch.uint8, torch.int64)}
-    assert order(batches) == list(range(23))
+def test_a_pass_sees_every_row_once_in_order_with_its_label(numbered):
+    shapes = []
+
+    def forward(pixel_values):
+        shapes.append(tuple(pixel_values.shape))
+        return 255 * pixel_values.mean(dim=(1, 2, 3))
+
+    results, labels = run_through(forward, numbered, RAW, accelerator(), batch_size=8, desc="")
+    assert shapes == [(8, 1, 2, 2), (8, 1, 2, 2), (7, 1, 2, 2)]
+    assert results.dtype == torch.float32 and labels.dtype == torch.int64
+    assert results.round().tolist() == labels.tolist() == list(range(23))
+
+
+def test_findings_come_as_floats_with_nan_for_unknown():
+    rows = number_rows([{"Effusion": 1.0, "Mass": math.nan}, {"Effusion": 0.0, "Mass": 1.0}])
+    for films in (rows, as_stream(rows, num_shards=1)):
+        labels = run_through(lambda x: x.flatten(1), films, RAW, accelerator(), batch_size=2, desc="")[1]
+        np.testing.assert_array_equal(labels.numpy(), np.array([[1, math.nan], [0, 1]], dtype=np.float32))
 
 
 def test_a_film_keeps_its_label(numbered):
-    for batch in make_loader(numbered, 8, accelerator(), training=True):
+    for batch in training_loader(numbered, 8, accelerator(), seed=3):
+        assert batch["pixels"].dtype == torch.uint8 and batch["pixels"].shape == (8, 1, 2, 2)
         assert torch.equal(batch["pixels"][:, 0, 1, 1].long(), batch["label"])
 
 
 def test_training_batches_are_full_and_no_row_comes_twice(numbered):
-    seen = order(make_loader(numbered, 8, accelerator(), training=True))
-    assert len(seen) == len(set(seen)) == 16
+    loader = training_loader(numbered, 8, accelerator(), seed=3)
+    seen = order(loader)
+    assert len(loader) == 2 and len(seen) == len(set(seen)) == 16
 
 
 def test_each_epoch_has_an_order_of_its_own_that_the_seed_repeats(numbered):
     def epochs():
-        loader = make_loader(numbered, 8, accelerator(), training=True)
+        loader = training_loader(numbered, 8, accelerator(), seed=3)
         for epoch in (0, 1):
             loader.set_epoch(epoch)
             yield order(loader)
@@ -86,3 +115,10 @@ def test_each_epoch_has_an_order_of_its_own_that_the_seed_repeats(numbered):
     assert sorted(first) != first != second
     torch.manual_seed(99)  # the order doesn't hang on what was drawn before
     assert list(epochs()) == [first, second]
+
+
+def test_workers_decode_a_stream_without_losing_a_film():
+    films = as_stream(number_rows(list(range(23))), num_shards=2, num_workers=2)
+    assert sorted(order(training_loader(films, 1, accelerator(), seed=0))) == list(range(23))
+    labels = run_through(lambda x: x.flatten(1), films, RAW, accelerator(), batch_size=4, desc="")[1]
+    assert sorted(labels.tolist()) == list(range(23))

@@ -39,14 +39,15 @@ def image_processor():
 @pytest.fixture
 def extract(backbone, rows, image_processor, tmp_path):
     def extract(batch_size=4, **changed):
-        given = {"backbone": backbone, "dataset": rows, "image_processor": image_processor} | changed
+        given = {"backbone": backbone, "films": rows, "image_processor": image_processor} | changed
         return extract_features(**given, accelerator=Accelerator(cpu=True), batch_size=batch_size, cache_dir=tmp_path)
 
     return extract
 
 
 def test_features_are_those_of_the_model_image_by_image_and_in_order(extract, backbone, films, image_processor):
-    features = extract(batch_size=4)
+    features, labels = extract(batch_size=4)
+    assert labels.tolist() == films["label"][:]
     backbone.eval()
     with torch.no_grad():
         one_by_one = [backbone(**image_processor(film, return_tensors="pt")).pooler_output for film in films["image"]]
@@ -56,20 +57,21 @@ def test_features_are_those_of_the_model_image_by_image_and_in_order(extract, ba
 
 def test_a_backbone_in_train_mode_is_put_in_eval_mode_and_keeps_its_statistics(extract, backbone):
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    in_train_mode = extract(backbone=backbone.train())
+    in_train_mode, _ = extract(backbone=backbone.train())
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-    torch.testing.assert_close(in_train_mode, extract(batch_size=len(in_train_mode), backbone=backbone.eval()))
+    torch.testing.assert_close(in_train_mode, extract(batch_size=len(in_train_mode), backbone=backbone.eval())[0])
 
 
 def test_features_carry_no_graph(extract):
-    assert not extract().requires_grad
+    assert not extract()[0].requires_grad
 
 
 def test_a_second_call_reads_the_file(extract, backbone, tmp_path, monkeypatch):
     first = extract()
     (file,) = tmp_path.iterdir()
     monkeypatch.setattr(backbone, "forward", None)  # a second pass would fail
-    assert torch.equal(extract(), first)
+    for again, before in zip(extract(), first, strict=True):
+        assert torch.equal(again, before)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -96,11 +98,11 @@ def other_normalisation(backbone, rows, image_processor):
 
 
 def other_rows(backbone, rows, image_processor):
-    return {"dataset": rows.select(range(len(rows) - 1))}
+    return {"films": rows.select(range(len(rows) - 1))}
 
 
 def other_order(backbone, rows, image_processor):
-    return {"dataset": rows.select(range(len(rows) - 1, -1, -1))}
+    return {"films": rows.select(range(len(rows) - 1, -1, -1))}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,8 @@ def other_order(backbone, rows, image_processor):
 def test_whatever_changes_the_features_gives_a_file_of_its_own(
     extract, backbone, rows, image_processor, tmp_path, change
 ):
-    first = extract()
-    changed = extract(**change(backbone, rows, image_processor))
+    first, _ = extract()
+    changed, _ = extract(**change(backbone, rows, image_processor))
     assert len(list(tmp_path.iterdir())) == 2
     assert changed.shape != first.shape or not torch.equal(changed, first)
 

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
-from cxr_backbone.data.decoding import decode_once
+from cxr_backbone.data.decoding import decode_once, stack_pixels
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training import loop
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
-from cxr_backbone.training.batches import make_loader, to_images, to_pixel_values
+from cxr_backbone.training.batches import to_images, to_pixel_values
 from cxr_backbone.training.features import extract_features
 from cxr_backbone.training.loop import predict, train
 from cxr_backbone.training.phases import fine_tune, fit_head, parameter_groups
@@ -37,6 +37,11 @@ def tiny_model(labels=2, **settings):
     return CXRInceptionForImageClassification(
         CXRInceptionConfig(image_size=75, depth_multiplier=0.1, id2label=names, **settings)
     )
+
+
+def all_pixel_values(rows):
+    pixels = torch.from_numpy(stack_pixels(list(rows))).unsqueeze(1)
+    return to_pixel_values(to_images(pixels), PROCESSOR)
 
 
 def accelerator(accumulation=1):
@@ -198,16 +203,16 @@ def test_label_smoothing_is_of_the_training_loss_and_not_of_the_choice(features)
 def test_a_head_on_cached_features_is_the_head_trained_the_slow_way(phantoms, tmp_path):
     """The slow way: every step sends every image through the whole model, in train mode, backbone frozen."""
     rows = phantoms["train"].select(range(16))
-    labels = torch.tensor(rows["label"])
     model = tiny_model()
-    extracted = extract_features(model.cxr_inception, rows, PROCESSOR, accelerator(), batch_size=8, cache_dir=tmp_path)
+    extracted, labels = extract_features(
+        model.cxr_inception, rows, PROCESSOR, accelerator(), batch_size=8, cache_dir=tmp_path
+    )
     slow, head = copy.deepcopy(model.cxr_inception), nn.Linear(extracted.shape[1], 2)
     fit(model, (extracted, labels, extracted, labels), [0.1])
 
     slow.freeze_backbone()
     slow.train()
-    (batch,) = make_loader(rows, len(rows), accelerator())
-    pixel_values = to_pixel_values(to_images(batch["pixels"]), PROCESSOR)
+    pixel_values = all_pixel_values(rows)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=30, line_search_fn="strong_wolfe")
 
     def logits():
@@ -224,6 +229,44 @@ def test_a_head_on_cached_features_is_the_head_trained_the_slow_way(phantoms, tm
         expected, found = logits().softmax(dim=1), model.eval()(pixel_values).logits.softmax(dim=1)
     assert expected.std(dim=0).min() > 0.05  # something was learnt
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture
+def findings(features):
+    """The same features with two findings, of which a tenth is unknown."""
+    train_values, train_labels, values, labels = features
+
+    def two_findings(labels):
+        both = torch.stack([(labels == 0).float(), (labels == 1).float()], dim=1)
+        both[::10, 0] = torch.nan
+        return both
+
+    return train_values, two_findings(train_labels), values, two_findings(labels)
+
+
+def test_findings_are_a_logistic_regression_each_on_the_films_where_they_are_known(findings):
+    train_values, train_labels, values, _ = findings
+    model = tiny_model(2, problem_type="multi_label_classification")
+    fit(model, findings, [1e-2])
+    with torch.no_grad():
+        found = model.eval().classifier(values).double().sigmoid()
+    num_known = (~train_labels.isnan()).sum()  # the loss is the mean over all that is known, of both findings
+    for finding in range(2):
+        known = ~train_labels[:, finding].isnan()
+        reference = LogisticRegression(C=1 / (1e-2 * num_known.item()), tol=1e-8, max_iter=10_000)
+        reference.fit(scaled(train_values, train_values)[known].double().numpy(), train_labels[known, finding].numpy())
+        expected = reference.predict_proba(scaled(values, train_values).double().numpy())[:, 1]
+        torch.testing.assert_close(found[:, finding], torch.from_numpy(expected), rtol=0, atol=TOLERANCE)
+
+
+def test_the_logged_loss_of_findings_leaves_the_unknown_out(findings):
+    model = tiny_model(2, problem_type="multi_label_classification")
+    (line,) = fit(model, findings, [1e-2])
+    with torch.no_grad():
+        scores = model.eval().classifier(findings[2]).double().sigmoid()
+    truth = findings[3]
+    given_to_the_truth = torch.where(truth == 1, scores, 1 - scores)[~truth.isnan()]
+    assert line["validation_loss"] == pytest.approx(-given_to_the_truth.log().mean().item(), abs=1e-5)
 
 
 # Phase two
@@ -301,8 +344,21 @@ def validation_loss(state_dict, phantoms):
     model = tiny_model()
     model.load_state_dict(state_dict)
     prepared = accelerator()
-    logits = predict(model, make_loader(phantoms["validation"], 8, prepared), PROCESSOR, prepared)
-    return F.cross_entropy(logits, torch.tensor(phantoms["validation"]["label"])).item()
+    logits, labels = predict(model, phantoms["validation"], PROCESSOR, prepared, batch_size=8)
+    return F.cross_entropy(logits, labels).item()
+
+
+def test_findings_are_fine_tuned_by_the_same_function():
+    generator = np.random.default_rng(0)
+    levels = [0, 100] * 16
+    films = [generator.integers(level, level + 100, (75, 75), dtype=np.uint8) for level in levels]
+    labels = [{"bright": float(level > 0), "never known": float("nan")} for level in levels]
+    rows = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels})
+    model = tiny_model(2, problem_type="multi_label_classification")
+    run = Run({"train": rows, "validation": rows}, model=model, epochs=12, augmentation=0.0)
+    losses = [line["train_loss"] for line in run.steps]
+    quarter = len(losses) // 4
+    assert run.error is None and sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
 
 
 def test_fine_tuning_learns_dark_from_bright():
@@ -357,9 +413,9 @@ def test_the_seed_repeats_a_run_to_the_bit_and_another_changes_it(phantoms):
 def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
     worse = iter([1.0, 0.5, 0.2, 0.1])
 
-    def answer_less_and_less(model, loader, *rest):
-        labels = torch.tensor(loader.dataset["label"])
-        return next(worse) * F.one_hot(labels, 2).float()
+    def answer_less_and_less(model, films, *rest, batch_size):
+        labels = torch.tensor(films["label"])
+        return next(worse) * F.one_hot(labels, 2).float(), labels
 
     monkeypatch.setattr(loop, "predict", answer_less_and_less)
     run = Run(phantoms, epochs=1, evaluations_per_epoch=3)
@@ -370,7 +426,10 @@ def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_it_stops_after_that_many_evaluations_without_a_lower_loss(phantoms, monkeypatch, patience):
-    monkeypatch.setattr(loop, "predict", lambda model, loader, *rest: torch.zeros(len(loader.dataset), 2))
+    def answer_nothing(model, films, *rest, batch_size):
+        return torch.zeros(len(films), 2), torch.tensor(films["label"])
+
+    monkeypatch.setattr(loop, "predict", answer_nothing)
     run = Run(phantoms, epochs=50, patience=patience)
     assert len(run.evaluations) == 1 + patience
     assert len(run.steps) < 50 * len(phantoms["train"]) // 8
@@ -452,10 +511,10 @@ def test_a_model_that_starts_broken_is_never_saved(phantoms):
 
 def test_predictions_are_in_order_and_leave_the_mode_as_it_was(phantoms):
     model, prepared = tiny_model(dropout=0.5).train(), accelerator()
-    logits = predict(model, make_loader(phantoms["test"], 4, prepared), PROCESSOR, prepared)
+    logits, labels = predict(model, phantoms["test"], PROCESSOR, prepared, batch_size=4)
     assert model.training
-    (batch,) = make_loader(phantoms["test"], 100, prepared)
+    assert labels.tolist() == phantoms["test"]["label"][:]
     with torch.no_grad():
-        expected = model.eval()(to_pixel_values(to_images(batch["pixels"]), PROCESSOR)).logits
+        expected = model.eval()(all_pixel_values(phantoms["test"])).logits
     assert len(logits) == len(phantoms["test"]) and len(logits) % 4 != 0
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)

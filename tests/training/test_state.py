@@ -1,30 +1,45 @@
 """A run directory holds what a run did, and never takes the place of another."""
 
+import csv
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import DatasetDict
 
-from cxr_backbone.data.kermany import load_kermany
+from cxr_backbone.data.audit import audit
+from cxr_backbone.data.decoding import decode_once
+from cxr_backbone.data.splits import repeat_split
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training.arguments import parse_arguments
+from cxr_backbone.training.films import Films
 from cxr_backbone.training.state import PACKAGES, RunDirectory
 
 
 @pytest.fixture
 def arguments(tmp_path):
     (tmp_path / "config.yaml").write_text(
-        "run: {output_dir: here, seed: 4}\ndata: {source: synthetic}\nmodel: {image_mean: [0.4], dropout: 1e-1}"
+        "run: {output_dir: here, seed: 4}\ndata: {format: synthetic}\nmodel: {image_mean: [0.4], dropout: 1e-1}"
     )
     return parse_arguments([str(tmp_path / "config.yaml"), "--frozen.l2_strengths", "1e-3", "0.1"])
 
 
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """Twenty phantoms, decoded; a file that could not be read."""
+    cache = tmp_path_factory.mktemp("cache")
+    splits = DatasetDict(
+        {name: decode_once(rows, 32, cache) for name, rows in load_synthetic(20, image_size=32).items()}
+    )
+    return Films(splits, splits["train"], {"broken.png": "Can't read broken.png, it is no image."})
+
+
 @pytest.fixture
-def started(tmp_path, arguments):
+def started(tmp_path, arguments, films):
     run = RunDirectory(tmp_path / "runs/first")
-    run.start(arguments, load_synthetic(20, image_size=32), Accelerator(cpu=True))
+    run.start(arguments, films, audit(films.splits, films.unreadable), Accelerator(cpu=True))
     return run
 
 
@@ -33,27 +48,39 @@ def read(path):
 
 
 def test_what_is_known_before_training_is_written_before_training(started):
-    assert {path.name for path in started.path.iterdir()} == {"config.yaml", "environment.json", "split.json"}
+    assert {path.name for path in started.path.iterdir()} == {
+        *("config.yaml", "environment.json", "split.csv", "audit.json", "audit.html", "unreadable.csv")
+    }
 
 
 def test_the_config_on_file_repeats_the_run(started, arguments):
     assert parse_arguments([str(started.path / "config.yaml")]) == arguments
 
 
-def test_the_split_on_file_names_each_patient_once(started):
-    split = read(started.path / "split.json")
-    assert list(split) == ["train", "validation", "test"]
-    patients = [patient for ids in split.values() for patient in ids]
-    assert sorted(patients) == sorted(f"phantom{n}" for n in range(20))
+def test_the_split_on_file_is_the_split_of_the_run(started, films):
+    repeated = repeat_split(films.splits, started.path / "split.csv")
+    assert all(repeated[name]["image_id"][:] == rows["image_id"][:] for name, rows in films.splits.items())
 
 
-def test_no_patient_of_the_real_set_stands_in_train_and_validation_on_file(shared, tmp_path, arguments):
-    data = load_kermany(shared / "data/kermany224", seed=1)
-    run = RunDirectory(tmp_path / "real")
-    run.start(arguments, data, Accelerator(cpu=True))
-    split = {name: set(ids) for name, ids in read(run.path / "split.json").items()}
-    assert not split["train"] & split["validation"]
-    assert split == {name: set(rows["patient_id"]) for name, rows in data.items()}
+def test_the_audit_on_file_is_that_of_the_films(started, films):
+    report = read(started.path / "audit.json")
+    assert {name: split["films"] for name, split in report["splits"].items()} == {
+        name: len(rows) for name, rows in films.splits.items()
+    }
+    assert "phantom0_0.png" in (started.path / "audit.html").read_text()
+
+
+def test_films_that_were_skipped_are_listed_with_the_reason(started):
+    with (started.path / "unreadable.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"path": "broken.png", "reason": "Can't read broken.png, it is no image."}
+        ]
+
+
+def test_where_none_was_skipped_there_is_no_list(tmp_path, films):
+    run = RunDirectory(tmp_path / "run")
+    run.write_audit(Films(films.splits, films.train), audit(films.splits))
+    assert {path.name for path in run.path.iterdir()} == {"audit.json", "audit.html"}
 
 
 def test_the_environment_on_file_says_with_what_it_ran(started):
@@ -101,7 +128,7 @@ def test_an_empty_directory_is_taken_and_a_new_one_is_not_made_before_the_start(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_main_process_writes(tmp_path, arguments):
+def test_only_the_main_process_writes(tmp_path, arguments, films):
     run = RunDirectory(tmp_path / "run")
-    run.start(arguments, load_synthetic(20, image_size=32), SimpleNamespace(is_main_process=False))
+    run.start(arguments, films, audit(films.splits), SimpleNamespace(is_main_process=False))
     assert not run.path.exists()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from cxr_backbone.evaluation.metrics import METRICS
-
 PHASES = ("frozen", "fine_tuned")
 SPLITS = ("train", "validation", "test")
 
@@ -11,9 +9,10 @@ SPLITS = ("train", "validation", "test")
 def comparison_table(metrics: dict[str, Any]) -> str:
     """Frozen beside fine-tuned, as Markdown, from the content of a run's metrics.json."""
     columns = [(phase, split) for phase in PHASES for split in SPLITS]
+    names = [name for name in metrics[PHASES[0]][SPLITS[0]] if name != "images"]
     rows = [
-        [name.replace("_", " "), *[f"{metrics[phase][split][name]:.4f}" for phase, split in columns]]
-        for name in METRICS
+        [name.replace("_", " "), *[_four_digits(metrics[phase][split][name]) for phase, split in columns]]
+        for name in names
     ]
     rows.append(["images", *[str(metrics[phase][split]["images"]) for phase, split in columns]])
     rows.append(
@@ -34,3 +33,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def _four_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

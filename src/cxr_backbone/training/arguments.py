@@ -42,24 +42,64 @@ class RunArguments:
 
 @dataclass
 class DataArguments:
-    source: str = field(
-        metadata={
-            "help": "`synthetic`, or the Kermany set: a folder (Kaggle, Mendeley or labels.csv layout) or a Hub id"
-        }
+    """Where the films come from. Fields that default to nothing are for some formats only; docs/data.md says which."""
+
+    format: str = field(
+        metadata={"help": "kermany, chestxray14, pneumoniamnist, table, imagefolder, or synthetic (drawn phantoms)"}
     )
-    validation_fraction: float = field(default=0.1, metadata={"help": "share of the training patients held out"})
-    num_patients: int = field(default=300, metadata={"help": "patients to draw for `synthetic`"})
+    source: str | None = field(default=None, metadata={"help": "a folder, a file, or a Hub id; synthetic has none"})
+    streaming: bool = field(default=False, metadata={"help": "train from shards without a decoded copy on disk"})
+    num_workers: int = field(
+        default=0, metadata={"help": "processes that decode: a set, once; a stream, ahead of training"}
+    )
+    num_folds: int | None = field(default=None, metadata={"help": "parts that train is dealt out to (10)"})
+    fold: int | None = field(default=None, metadata={"help": "which part is held out for validation (0)"})
+    split_file: str | None = field(default=None, metadata={"help": "split.csv of an earlier run, to be repeated"})
+    task: str | None = field(default=None, metadata={"help": "chestxray14: findings, or pneumonia (CheXNet's)"})
+    num_patients: int | None = field(default=None, metadata={"help": "synthetic: patients to draw (300)"})
+    image_column: str | None = field(default=None, metadata={"help": "table: path or bytes of the film (image)"})
+    label_columns: list[str] = field(
+        default_factory=list, metadata={"help": "table: one column of classes, or several findings"}
+    )
+    label_names: list[str] = field(
+        default_factory=list, metadata={"help": "table, imagefolder: classes, index 0 first (sorted)"}
+    )
+    patient_column: str | None = field(default=None, metadata={"help": "table: (patient_id)"})
+    patient_pattern: str | None = field(
+        default=None, metadata={"help": "table, imagefolder: regular expression that finds the patient in the path"}
+    )
+    split_column: str | None = field(default=None, metadata={"help": "table: train, validation or test"})
+    images_dir: str | None = field(default=None, metadata={"help": "table: what its paths start from (its folder)"})
+    uncertain: str | None = field(default=None, metadata={"help": "labels of -1: ignore, zeros or ones (ignore)"})
+    missing: str | None = field(default=None, metadata={"help": "blank labels: ignore, zeros or ones (ignore)"})
+    decoding: str = field(
+        default="exact", metadata={"help": "exact, or reduced: JPEG decoded near the target size, faster and inexact"}
+    )
+    unreadable: str = field(default="fatal", metadata={"help": "a film that can't be read is fatal, or: skip"})
+    allow_leaks: list[str] = field(
+        default_factory=list, metadata={"help": "patients, duplicates: what may stand in two splits"}
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "where decoded images are kept (default: the datasets cache)"}
     )
 
     def __post_init__(self):
+        for name, choices in {
+            "format": ("kermany", "chestxray14", "pneumoniamnist", "table", "imagefolder", "synthetic"),
+            "decoding": ("exact", "reduced"),
+            "unreadable": ("fatal", "skip"),
+        }.items():
+            _require(getattr(self, name) in choices, f"data.{name}", getattr(self, name), ", ".join(choices))
+        for leak in self.allow_leaks:
+            _require(leak in ("patients", "duplicates"), "data.allow_leaks", leak, "patients, duplicates")
         _require(
-            0 < self.validation_fraction <= 0.5,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "in (0, 0.5]",
+            (self.source is None) == (self.format == "synthetic"),
+            "data.source",
+            self.source,
+            "a folder, a file or a Hub id (and nothing for data.format synthetic)",
         )
+        _require(not self.streaming or self.format == "table", "data.format", self.format, "table, for data.streaming")
+        _require_at_least(self, "data", num_workers=0)
 
 
 @dataclass

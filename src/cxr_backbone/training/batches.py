@@ -1,51 +1,75 @@
 """From rows of decoded images to normalised batches on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.data.labels import stack_labels
+from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 
+Batch = dict[str, Tensor]
+SHUFFLE_BUFFER = 1000  # decoded films of a stream held to draw from: 50 MB at 224 x 224
 
-def make_loader(dataset: Dataset, batch_size: int, accelerator: Accelerator, *, training: bool = False) -> DataLoader:
-    """Batches of `pixels` uint8 (batch, 1, size, size) and `label` int64 (batch,), from rows of `decode_once`, shared
-    out over the processes and moved to the device.
 
-    Training batches are shuffled and all full: BatchNorm can't learn from a last batch of one.
-    """
-    loader = DataLoader(
-        dataset.select_columns(["pixels", "label"]),
-        batch_size=batch_size,
-        shuffle=training,
-        drop_last=training,
-        collate_fn=_collate,
-    )
-    return accelerator.prepare(loader)
+class TrainingLoader(Protocol):
+    """Batches of this process's share, shuffled anew in every epoch and all full: BatchNorm can't learn from a last
+    batch of one."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Batch]: ...
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+def training_loader(
+    films: Dataset | FilmStream, batch_size: int, accelerator: Accelerator, *, seed: int
+) -> TrainingLoader:
+    """Batches of `pixels` uint8 (batch, 1, size, size) and `label`, int64 (batch,) or float32 (batch, findings), on the
+    device. The processes share the films out among themselves."""
+    if isinstance(films, FilmStream):
+        return _StreamLoader(films, batch_size, accelerator, seed)
+    rows = films.select_columns(["pixels", "label"])
+    loader = DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=_collate)
+    return cast(TrainingLoader, accelerator.prepare(loader))
 
 
 def run_through(
     forward: Callable[[Tensor], Tensor],
-    loader: DataLoader,
+    films: Dataset | FilmStream,
     image_processor: CXRInceptionImageProcessor,
     accelerator: Accelerator,
     *,
+    batch_size: int,
     desc: str,
-) -> Tensor:
-    """What `forward` makes of the `pixel_values` of each batch, without gradients: float32 on the CPU, all processes'
-    results in the order of the data set behind `loader`."""
-    results = []
+) -> tuple[Tensor, Tensor]:
+    """What `forward` makes of the `pixel_values` of each batch, without gradients, float32 on the CPU, and the labels
+    beside it.
+
+    Each process does its share, and all get the whole. Rows of a `Dataset` come back in its order; a stream that
+    several processes read comes back one process's share after the other's.
+    """
+    rows = films.rows if isinstance(films, FilmStream) else films
+    share = split_dataset_by_node(
+        rows.select_columns(["pixels", "label"]), accelerator.process_index, accelerator.num_processes
+    )
+    workers = films.num_workers if isinstance(films, FilmStream) else 0
+    loader: DataLoader = DataLoader(share, batch_size=batch_size, collate_fn=_collate, num_workers=workers)
+    results, labels = [], []
     for batch in tqdm(loader, desc=desc, disable=None if accelerator.is_main_process else True, leave=False):
-        pixel_values = to_pixel_values(to_images(batch["pixels"]), image_processor)
+        pixel_values = to_pixel_values(to_images(batch["pixels"].to(accelerator.device)), image_processor)
         with torch.no_grad(), accelerator.autocast():
-            result = forward(pixel_values)
-        results.append(accelerator.gather_for_metrics(result.float()).cpu())
-    return torch.cat(results)
+            results.append(forward(pixel_values).float())
+        labels.append(batch["label"].to(accelerator.device))
+    return _gather_shares(torch.cat(results), accelerator), _gather_shares(torch.cat(labels), accelerator)
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -61,8 +85,41 @@ def to_pixel_values(images: Tensor, image_processor: CXRInceptionImageProcessor)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def _collate(rows: list[dict]) -> dict[str, Tensor]:
+class _StreamLoader:
+    """As many batches an epoch as the whole stream fills, the same number in every process.
+
+    Shards need not be of one size, so a process may come to the end of its share before that; it starts again.
+    """
+
+    def __init__(self, films: FilmStream, batch_size: int, accelerator: Accelerator, seed: int):
+        share = split_dataset_by_node(films.rows, accelerator.process_index, accelerator.num_processes)
+        self.rows = share.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).repeat(None)
+        self.loader: DataLoader = DataLoader(
+            self.rows, batch_size=batch_size, collate_fn=_collate, num_workers=films.num_workers
+        )
+        self.steps = len(films) // (batch_size * accelerator.num_processes)
+        self.device = accelerator.device
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in islice(self.loader, self.steps):
+            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
+
+
+def _gather_shares(share: Tensor, accelerator: Accelerator) -> Tensor:
+    """The shares of all processes, of whatever lengths, one after the other, on the CPU."""
+    lengths = accelerator.gather(torch.tensor([len(share)], device=accelerator.device)).tolist()
+    padded = accelerator.gather(accelerator.pad_across_processes(share, dim=0))
+    return torch.cat([part[:length] for part, length in zip(padded.chunk(len(lengths)), lengths, strict=True)]).cpu()
+
+
+def _collate(rows: list[dict]) -> Batch:
     return {
         "pixels": torch.from_numpy(stack_pixels(rows)).unsqueeze(1),
-        "label": torch.tensor([row["label"] for row in rows]),
+        "label": torch.from_numpy(stack_labels(rows)),
     }

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from accelerate import PartialState
 
 
 def choose_precision(wanted: str) -> str:
@@ -31,3 +32,11 @@ def use_threads(wanted: int | None) -> None:
         wanted = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     if wanted is not None:
         torch.set_num_threads(wanted)
+
+
+def join_processes() -> PartialState:
+    """This process among those that `torchrun` or `accelerate launch` started; to be called before `Accelerator()`.
+
+    Without a GPU Accelerate joins processes only if it is told to use the CPU, and else each would train alone.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())

@@ -6,43 +6,64 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderShard
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments
 from cxr_backbone.training.augmentation import Augmentation
-from cxr_backbone.training.batches import make_loader, run_through, to_images, to_pixel_values
+from cxr_backbone.training.batches import run_through, to_images, to_pixel_values, training_loader
 
 SEEDS_A_RUN = 1_000_003  # steps that get an augmentation seed of their own before the next run's seeds begin
 
 
 def predict(
     model: nn.Module,
-    loader: DataLoader,
+    films: Dataset | FilmStream,
     image_processor: CXRInceptionImageProcessor,
     accelerator: Accelerator,
-) -> Tensor:
-    """Logits (images, num_labels) in eval mode, float32 on the CPU, in the order of the data set behind `loader`."""
+    *,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits (images, num_labels) in eval mode, float32 on the CPU, and the labels beside them, in the order of
+    `batches.run_through`."""
     was_training = model.training
     model.eval()
-    logits = run_through(
-        lambda pixel_values: model(pixel_values).logits, loader, image_processor, accelerator, desc="predict"
+    logits, labels = run_through(
+        lambda pixel_values: model(pixel_values).logits,
+        films,
+        image_processor,
+        accelerator,
+        batch_size=batch_size,
+        desc="predict",
     )
     model.train(was_training)
-    return logits
+    return logits, labels
+
+
+def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """What models are compared by: the mean negative log-likelihood (nats) of the labels that are known, without the
+    label smoothing and weights of the training loss.
+
+    Args:
+        logits: (images, num_labels).
+        labels: class indices (images,), or findings (images, num_labels): 1, 0, or NaN for unknown.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels)
+    known = ~labels.isnan()
+    return F.binary_cross_entropy_with_logits(logits[known], labels[known])
 
 
 def train(
     model: CXRInceptionForImageClassification,
-    train_rows: Dataset,
-    validation_rows: Dataset,
+    train_films: Dataset | FilmStream,
+    validation_films: Dataset,
     image_processor: CXRInceptionImageProcessor,
     accelerator: Accelerator,
     arguments: FineTuningArguments,
@@ -59,8 +80,7 @@ def train(
     Raises:
         RuntimeError: if a loss is NaN or infinite. What was saved before stays.
     """
-    loader = make_loader(train_rows, arguments.batch_size, accelerator, training=True)
-    validation_loader = make_loader(validation_rows, arguments.batch_size, accelerator)
+    loader = training_loader(train_films, arguments.batch_size, accelerator, seed=seed)
     # Copied before `prepare`, which patches the forward method of what it is given.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -73,16 +93,16 @@ def train(
         round(steps_per_epoch * part / arguments.evaluations_per_epoch) - 1
         for part in range(1, arguments.evaluations_per_epoch + 1)
     }
-    labels = torch.tensor(validation_rows["label"])
     lowest, evaluations_since = math.inf, 0
     losses: list[Tensor] = []  # since the last evaluation; kept on the device, so that a step does not wait for them
 
     def evaluate(steps: int) -> bool:
         """Look at validation after so many steps; True if training should stop."""
         nonlocal lowest, evaluations_since
-        logits = predict(average.module, validation_loader, image_processor, accelerator)
-        loss = F.cross_entropy(logits, labels).item()
-        accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+        logits, labels = predict(
+            average.module, validation_films, image_processor, accelerator, batch_size=arguments.batch_size
+        )
+        loss = plain_loss(logits, labels).item()
         train_loss = torch.stack(losses).mean().item() if losses else None
         losses.clear()
         log(
@@ -91,7 +111,6 @@ def train(
             epoch=steps / steps_per_epoch,
             train_loss=train_loss,
             validation_loss=loss,
-            validation_accuracy=accuracy,
         )
         evaluations_since += 1
         if loss < lowest:
@@ -107,7 +126,7 @@ def train(
     )
     for epoch in range(arguments.epochs):
         model.train()
-        cast(DataLoaderShard, loader).set_epoch(epoch)
+        loader.set_epoch(epoch)
         for step, batch in enumerate(loader):
             # Seeded by position, not by history: a resumed run draws the same changes.
             position = epoch * steps_per_epoch + step

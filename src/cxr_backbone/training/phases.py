@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
+from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
-from cxr_backbone.training.loop import train
+from cxr_backbone.training.loop import plain_loss, train
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def fit_head(
     For each L2 strength the head is trained by L-BFGS on all features at once, centred and scaled, until a step lowers
     the penalised loss by less than 1e-7; the strength with the lowest validation loss is kept and the scaling is folded
     into the first layer. For a head without hidden layers this is multinomial logistic regression, whose optimum is
-    unique. Dropout is off: the penalty does its work here.
+    unique, and for findings one such regression each. Dropout is off: the penalty does its work here.
 
     Args:
         train_features, validation_features: (images, 2048).
@@ -55,8 +55,8 @@ def fit_head(
             head, lambda logits: model.compute_loss(logits, labels), features, strength, arguments.max_iterations
         )
         with torch.no_grad():
-            train_loss = F.cross_entropy(head(features), labels).item()
-            validation_loss = F.cross_entropy(head(validation_features), validation_labels).item()
+            train_loss = plain_loss(head(features), labels).item()
+            validation_loss = plain_loss(head(validation_features), validation_labels).item()
         log(
             phase="frozen",
             l2=strength,
@@ -84,8 +84,8 @@ def fit_head(
 
 def fine_tune(
     model: CXRInceptionForImageClassification,
-    train_rows: Dataset,
-    validation_rows: Dataset,
+    train_films: Dataset | FilmStream,
+    validation_films: Dataset,
     image_processor: CXRInceptionImageProcessor,
     accelerator: Accelerator,
     arguments: FineTuningArguments,
@@ -106,8 +106,8 @@ def fine_tune(
 
     train(
         model,
-        train_rows,
-        validation_rows,
+        train_films,
+        validation_films,
         image_processor,
         accelerator,
         arguments,

@@ -10,9 +10,12 @@ from cxr_backbone.weights import load_inception_v3
 
 
 def start_model(
-    arguments: ModelArguments, label_names: list[str]
+    arguments: ModelArguments, label_names: list[str], *, multi_label: bool = False
 ) -> tuple[CXRInceptionForImageClassification, CXRInceptionImageProcessor]:
     """A classifier with a new head on the backbone that `arguments.init` names, or on random weights if it names none.
+
+    Args:
+        label_names: classes, of which an image has one; or with `multi_label` findings, each there or not.
 
     Raises:
         FileNotFoundError, ValueError: as `load_inception_v3`.
@@ -25,7 +28,7 @@ def start_model(
         "head_hidden_sizes": arguments.head_hidden_sizes,
         "label_smoothing": arguments.label_smoothing,
         "id2label": dict(enumerate(label_names)),
-        "problem_type": "single_label_classification",
+        "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
     }
     if arguments.avg_pool_count_include_pad is not None:
         settings["avg_pool_count_include_pad"] = arguments.avg_pool_count_include_pad

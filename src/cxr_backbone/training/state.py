@@ -1,5 +1,6 @@
 """The run directory: everything that a run did, in one place."""
 
+import csv
 import importlib.metadata
 import json
 import logging
@@ -12,9 +13,11 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from datasets import DatasetDict
 
+from cxr_backbone.data.audit_page import write_audit_page
+from cxr_backbone.data.splits import write_split
 from cxr_backbone.training.arguments import Arguments
+from cxr_backbone.training.films import Films
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +38,10 @@ PACKAGES = (
 class RunDirectory:
     """A new directory with
 
-    config.yaml (resolved), environment.json, split.json (patient ids a split), log.jsonl (a line a step and a line an
-    evaluation), frozen/ and fine_tuned/ (the two models; the pipeline opens either), metrics.json.
+    config.yaml (resolved), environment.json, split.csv (which film is on which side; `data.split_file` of another run
+    takes it), audit.json and audit.html (what the data told on themselves), unreadable.csv (films that were skipped,
+    if any), log.jsonl (a line a step and a line an evaluation), frozen/ and fine_tuned/ (the two models; the pipeline
+    opens either), metrics.json.
 
     Raises:
         ValueError: if the directory already holds files; a run never overwrites another.
@@ -59,15 +64,23 @@ class RunDirectory:
     def metrics(self) -> Path:
         return self.path / "metrics.json"
 
-    def start(self, arguments: Arguments, data: DatasetDict, accelerator: Accelerator) -> None:
-        """Write what is known before training."""
+    def start(self, arguments: Arguments, films: Films, report: dict[str, Any], accelerator: Accelerator) -> None:
+        """Write what is known before training; `report` is the audit of the films."""
         if not accelerator.is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(arguments), sort_keys=False))
-        patients = {split: sorted(set(rows["patient_id"])) for split, rows in data.items()}
-        self.write_json(self.path / "split.json", patients)
+        write_split(films.splits, self.path / "split.csv")
+        self.write_audit(films, report)
         self.write_json(self.path / "environment.json", _environment(accelerator))
+
+    def write_audit(self, films: Films, report: dict[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json(self.path / "audit.json", report)
+        write_audit_page(report, films.splits, self.path / "audit.html")
+        if films.unreadable:
+            with (self.path / "unreadable.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("path", "reason"), *films.unreadable.items()])
 
     def log(self, **values: Any) -> None:
         """Add a line to log.jsonl; what holds a validation loss is shown as well."""

@@ -1,0 +1,100 @@
+"""The recipe takes findings as well as classes, and shards as well as files; one process or two."""
+
+import json
+
+import datasets
+import pytest
+from running import Run
+
+from cxr_backbone.data.synthetic import load_synthetic
+from cxr_backbone.evaluation.report import comparison_table
+
+SMALL = {
+    **{"model.image_size": [75], "model.depth_multiplier": [0.1], "model.init": ["null"]},
+    **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8]},
+}
+
+
+@pytest.fixture(scope="module")
+def findings_run(chestxray14, tmp_path_factory):
+    return Run(
+        tmp_path_factory.mktemp("findings"),
+        "recipes/configs/chestxray14.yaml",
+        **(SMALL | {"data.source": [chestxray14], "data.num_folds": [4]}),
+    )
+
+
+def test_fourteen_findings_have_an_auroc_each_and_their_mean(findings_run):
+    figures = findings_run.read("metrics.json")["fine_tuned"]["test"]
+    aurocs = {name: value for name, value in figures.items() if name.startswith("auroc ")}
+    assert len(aurocs) == 14 and {"auroc Pneumonia", "auroc Hernia"} <= set(aurocs)
+    defined = [value for value in aurocs.values() if value is not None]
+    assert len(defined) > 5 and all(0 <= value <= 1 for value in defined)
+    assert figures["mean_auroc"] == pytest.approx(sum(defined) / len(defined))
+
+
+def test_the_saved_model_is_a_multi_label_one_and_its_card_says_so(findings_run):
+    config = json.loads((findings_run.path / "fine_tuned/config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification" and len(config["id2label"]) == 14
+    card = (findings_run.path / "fine_tuned/README.md").read_text()
+    assert comparison_table(findings_run.read("metrics.json")) in card
+    assert "A finding's figures come from the images where it is known" in card and "from a score of 0.5" not in card
+
+
+def test_the_pipeline_scores_each_finding_on_its_own(findings_run):
+    answers = findings_run.process.stdout.splitlines()[-1]
+    scores = [answer["score"] for answer in json.loads(answers.replace("'", '"'))]
+    assert len(scores) == 5 and all(0 < score < 1 for score in scores)  # the pipeline's top five, sigmoids
+
+
+def test_chexnets_task_is_one_option(chestxray14, tmp_path):
+    run = Run(
+        tmp_path,
+        "recipes/configs/chestxray14.yaml",
+        **(SMALL | {"data.source": [chestxray14], "data.num_folds": [4], "data.task": ["pneumonia"]}),
+    )
+    assert set(run.read("metrics.json")["fine_tuned"]["test"]) >= {"auroc", "sensitivity", "specificity"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Phantoms in two shards a split."""
+    folder = tmp_path_factory.mktemp("shards")
+    for name, rows in load_synthetic(40, image_size=75).items():
+        # `to_parquet` writes paths alone where it has them, so the rows go by way of their bytes.
+        undecoded = rows.cast_column("image", datasets.Image(decode=False))
+        embedded = datasets.Dataset.from_list(list(undecoded), features=rows.features)
+        for index in range(2):
+            embedded.shard(2, index).to_parquet(folder / f"{name}-{index}.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def stream_run(request, shards, tmp_path_factory):
+    overrides = {"data.streaming": ["true"], "data.source": [shards], "data.label_columns": ["label"]}
+    overrides |= SMALL | {"fine_tuning.batch_size": [4], "fine_tuning.epochs": [2]}
+    return Run(tmp_path_factory.mktemp("stream"), "recipes/configs/table.yaml", request.param, **overrides)
+
+
+def test_a_stream_is_trained_on_and_every_film_is_counted_once(stream_run):
+    metrics = stream_run.read("metrics.json")
+    splits = load_synthetic(40, image_size=75)
+    for phase in ("frozen", "fine_tuned"):
+        assert {name: metrics[phase][name]["images"] for name in splits} == {
+            name: len(rows) for name, rows in splits.items()
+        }
+
+
+def test_processes_take_steps_together(stream_run):
+    processes = stream_run.read("environment.json")["processes"]
+    steps = [line["step"] for line in stream_run.log if "step" in line]
+    films = len(load_synthetic(40, image_size=75)["train"])
+    assert steps == list(range(2 * (films // (4 * processes))))
+    assert stream_run.log[-1]["epoch"] == 2
+
+
+def test_no_decoded_copy_of_train_is_kept(stream_run, tmp_path_factory):
+    """Facts and thumbnails are; pixels are those of validation and test alone."""
+    decoded = {path.parts[-5]: path for path in stream_run.path.parent.rglob("cxr_backbone/**/*.arrow")}
+    held_out = [path for path in decoded.values() if b"pixels" in path.read_bytes()]
+    assert decoded and len(held_out) == 2

@@ -1,0 +1,35 @@
+"""The two-stage recipe, started as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+class Run:
+    """A run of the recipe with a cache of its own, in a process of its own, or in several that `torchrun` starts."""
+
+    def __init__(self, folder, config, processes=1, **overrides):
+        self.path = folder / "run"
+        self.environment = {**os.environ, "HF_HOME": str(folder / "hf-home"), "HF_HUB_OFFLINE": "1"}
+        overrides |= {"run.output_dir": [self.path], "run.mixed_precision": ["no"], "run.cpu_threads": [1]}
+        self.argv = [config, *(word for name, values in overrides.items() for word in (f"--{name}", *values))]
+        launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"]
+        if processes > 1:  # which accelerate's launcher does not start on CPUs
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        self.process = self.python(*launch, "recipes/two_stage.py", *self.argv)
+        assert self.process.returncode == 0, self.process.stderr
+
+    def python(self, *argv):
+        command = [sys.executable, *map(str, argv)]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=600)
+
+    def read(self, name):
+        return json.loads((self.path / name).read_text())
+
+    @property
+    def log(self):
+        return [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]

@@ -1,0 +1,158 @@
+"""What the data section of a config asks for is what training gets."""
+
+import csv
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.data.labels import label_names
+from cxr_backbone.data.splits import write_split
+from cxr_backbone.data.streaming import FilmStream
+from cxr_backbone.data.synthetic import draw_phantom
+from cxr_backbone.training.arguments import DataArguments
+from cxr_backbone.training.films import check_classes, decode_films, open_films
+
+
+@pytest.fixture
+def table(tmp_path):
+    """24 drawn films of patients with two films each, one class a patient."""
+    rows = []
+    for film in range(24):
+        name = f"{film}.png"
+        Image.fromarray(draw_phantom(film, opacity=film // 2 % 2 == 1, image_size=48)).save(tmp_path / name)
+        rows.append({"image": name, "label": ["NORMAL", "ILL"][film // 2 % 2], "patient_id": f"p{film // 2}"})
+    return write_table(tmp_path / "films.csv", rows)
+
+
+def write_table(path, rows):
+    with path.open("w", newline="") as file:
+        lines = csv.DictWriter(file, rows[0])
+        lines.writeheader()
+        lines.writerows(rows)
+    return path
+
+
+def prepare(table, seed=0, **options):
+    settings = {"format": "table", "source": str(table), "label_columns": ["label"], "label_names": ["NORMAL", "ILL"]}
+    settings |= {"num_folds": 4, "cache_dir": str(table.parent / "cache")}
+    data = DataArguments(**(settings | options))
+    return decode_films(open_films(data, image_size=32, seed=seed), data, image_size=32, seed=seed)
+
+
+def image_ids(films):
+    return {name: split["image_id"][:] for name, split in films.splits.items()}
+
+
+def test_films_are_split_and_decoded(table):
+    films = prepare(table)
+    assert {name: len(rows) for name, rows in films.splits.items()} == {"train": 12, "validation": 6, "test": 6}
+    assert films.train is films.splits["train"]
+    assert all(len(row["pixels"]) == 32 * 32 for rows in films.splits.values() for row in rows)
+    assert label_names(films.splits["train"].features) == ["NORMAL", "ILL"] and films.unreadable == {}
+
+
+def test_several_processes_decode_to_the_same_films(table):
+    assert prepare(table, num_workers=2).splits["train"][:] == prepare(table).splits["train"][:]
+
+
+def test_fold_and_seed_decide_the_split(table):
+    first = image_ids(prepare(table))
+    assert first == image_ids(prepare(table))
+    assert first["validation"] != image_ids(prepare(table, fold=1))["validation"]
+    assert first["test"] == image_ids(prepare(table, fold=1))["validation"]
+    assert first != image_ids(prepare(table, seed=1))
+
+
+def test_a_split_on_file_is_repeated(table, tmp_path):
+    first = prepare(table, seed=5)
+    write_split(first.splits, tmp_path / "split.csv")
+    repeated = prepare(table, seed=6, split_file=str(tmp_path / "split.csv"))
+    assert image_ids(repeated) == image_ids(first) != image_ids(prepare(table, seed=6))
+
+
+def test_a_film_that_cannot_be_read_is_fatal_and_by_choice_skipped(table):
+    (table.parent / "3.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)1 of .* films can't be read.*3\.png"):
+        prepare(table)
+    films = prepare(table, unreadable="skip")
+    assert [path.rpartition("/")[2] for path in films.unreadable] == ["3.png"]
+    assert sum(map(len, films.splits.values())) == 23
+
+
+def test_reduced_decoding_is_another_decoding(table):
+    for film in range(24):
+        large = Image.fromarray(draw_phantom(film, opacity=True, image_size=160))
+        large.save(table.parent / f"{film}.png", "JPEG")
+    exact, reduced = (
+        stack_pixels(list(prepare(table, decoding=decoding).splits["train"])).astype(int)
+        for decoding in ("exact", "reduced")
+    )
+    assert 0 < np.abs(exact - reduced).mean() < 5
+
+
+@pytest.fixture
+def shards(table):
+    folder = table.parent / "shards"
+    folder.mkdir()
+    films = prepare(table)
+    everything = datasets.concatenate_datasets(list(films.splits.values()))
+    rows = [
+        {
+            "image": {"bytes": (table.parent / row["image_id"]).read_bytes(), "path": row["image_id"]},
+            "label": row["label"],
+            "patient_id": row["patient_id"],
+        }
+        for row in everything
+    ]
+    features = {"image": datasets.Image(), "label": films.splits["train"].features["label"]}
+    features["patient_id"] = datasets.Value("string")
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    for index in range(2):
+        dataset.shard(2, index).to_parquet(folder / f"train-{index}.parquet")
+    return folder
+
+
+def test_a_stream_gives_the_same_films(table, shards, tmp_path):
+    streamed = prepare(table, streaming=True, source=str(shards), num_workers=1)
+    assert isinstance(streamed.train, FilmStream) and streamed.train.num_workers == 1
+    assert len(streamed.train) == len(streamed.splits["train"]) == 12
+    plain = prepare(table)
+    pixels = {row["image_id"]: row["pixels"] for rows in plain.splits.values() for row in rows}
+    assert all(row["pixels"] == pixels[row["image_id"]] for row in streamed.train.rows)
+
+
+def test_a_stream_repeats_a_split_and_skips_what_cannot_be_read(table, shards, tmp_path):
+    first = prepare(table, streaming=True, source=str(shards))
+    write_split(first.splits, tmp_path / "split.csv")
+    repeated = prepare(table, streaming=True, source=str(shards), seed=9, split_file=str(tmp_path / "split.csv"))
+    # What is held out comes back in the order of the shards.
+    assert {name: sorted(ids) for name, ids in image_ids(repeated).items()} == {
+        name: sorted(ids) for name, ids in image_ids(first).items()
+    }
+
+
+def test_an_option_that_a_stream_does_not_know_is_refused(table, shards):
+    with pytest.raises(ValueError, match=r"data\.split_column means nothing to data\.streaming"):
+        prepare(table, streaming=True, source=str(shards), split_column="split")
+
+
+def test_a_class_that_a_split_lacks_is_named(table):
+    rows = [dict(row, split="test") for row in csv.DictReader(table.open()) if row["label"] == "NORMAL"][:4]
+    rows += [
+        dict(row, split="train")
+        for row in csv.DictReader(table.open())
+        if row["image"] not in {r["image"] for r in rows}
+    ]
+    write_table(table, rows)
+    with pytest.raises(ValueError, match=r"data\.source: the test split of .*films\.csv has no image of class ILL"):
+        check_classes(prepare(table, split_column="split").splits, DataArguments("table", source=str(table)))
+
+
+def test_the_cache_is_where_it_was_asked_for(table):
+    shutil.rmtree(table.parent / "cache", ignore_errors=True)
+    prepare(table)
+    assert list((table.parent / "cache").rglob("*.arrow"))
