@@ -23,7 +23,7 @@ def main() -> None:
         run = RunDirectory(arguments.run.output_dir)
         settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
         films = decode_films(open_films(arguments.data, **settings), arguments.data, **settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"audit.py: {' '.join(str(error).split())}")
     report = audit(films.splits, films.unreadable)
     run.write_audit(films, report)

@@ -43,7 +43,7 @@ def main() -> None:
     # Everything that can be wrong with what was asked for comes to light here, before any training.
     try:
         arguments, run, films, report, model, image_processor = prepare(sys.argv[1:])
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"two_stage.py: {' '.join(str(error).split())}")
     seed, batch_size = arguments.run.seed, arguments.frozen.batch_size
     names = label_names(films.splits["train"].features)
@@ -114,7 +114,7 @@ def main() -> None:
     seconds["fine_tuned"] = time.perf_counter() - started
     accelerator.wait_for_everyone()
 
-    # The test split is opened here, once, by both models.
+    # Both models see the test split here, once.
     metrics: dict[str, dict[str, Any]] = {}
     for phase, folder in (("frozen", run.frozen), ("fine_tuned", run.fine_tuned)):
         trained = CXRInceptionForImageClassification.from_pretrained(folder).eval()

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file, save_file
+from narrow import write_published_weights
+from safetensors.torch import load_file
 
-from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer, CXRInceptionForImageClassification
+from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import ModelArguments
 from cxr_backbone.training.start import start_model
-from cxr_backbone.weights import CONV_NAMES, load_inception_v3
+from cxr_backbone.weights import load_inception_v3
 
 NAMES = ["NORMAL", "PNEUMONIA"]
 NARROW = {"image_size": 75, "depth_multiplier": 0.1}
@@ -27,16 +28,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def published(tmp_path):
-    """A narrow network's weights in timm's and torchvision's names."""
-    model, _ = start_model(ModelArguments(**NARROW, num_channels=3), NAMES)
-    layers = [module for module in model.modules() if isinstance(module, CXRInceptionConvLayer)]
-    tensors = {}
-    for name, layer in zip(CONV_NAMES, layers, strict=True):
-        tensors[f"{name}.conv.weight"] = layer.convolution.weight.detach()
-        for tensor in ("weight", "bias", "running_mean", "running_var"):
-            tensors[f"{name}.bn.{tensor}"] = getattr(layer.normalization, tensor).detach().clone()
-    save_file(tensors, tmp_path / "inception.safetensors")
-    return tmp_path / "inception.safetensors"
+    return write_published_weights(tmp_path / "inception.safetensors")
 
 
 def test_the_model_is_the_one_that_was_asked_for():

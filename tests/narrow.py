@@ -1,0 +1,46 @@
+"""A network of the real one's shape, narrow enough for tests, and what it is trained with."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from safetensors.torch import save_file
+
+from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
+from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer
+from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.weights import CONV_NAMES
+
+PROCESSOR = CXRInceptionImageProcessor(size={"height": 75, "width": 75})
+
+
+def tiny_model(labels=2, **settings):
+    torch.manual_seed(0)
+    settings = {"dropout": 0.0, "problem_type": "single_label_classification"} | settings
+    names = {index: f"class {index}" for index in range(labels)}
+    return CXRInceptionForImageClassification(
+        CXRInceptionConfig(image_size=75, depth_multiplier=0.1, id2label=names, **settings)
+    )
+
+
+def all_pixel_values(rows):
+    pixels = torch.from_numpy(stack_pixels(list(rows))).unsqueeze(1)
+    return to_pixel_values(to_images(pixels), PROCESSOR)
+
+
+def accelerator(accumulation=1):
+    loaders = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
+    return Accelerator(cpu=True, gradient_accumulation_steps=accumulation, dataloader_config=loaders)
+
+
+def write_published_weights(path):
+    """A narrow backbone's weights for three channels, under timm's and torchvision's names."""
+    model = tiny_model(num_channels=3)
+    layers = [module for module in model.modules() if isinstance(module, CXRInceptionConvLayer)]
+    tensors = {}
+    for name, layer in zip(CONV_NAMES, layers, strict=True):
+        tensors[f"{name}.conv.weight"] = layer.convolution.weight.detach()
+        for tensor in ("weight", "bias", "running_mean", "running_var"):
+            tensors[f"{name}.bn.{tensor}"] = getattr(layer.normalization, tensor).detach().clone()
+    save_file(tensors, path)
+    return path

@@ -1,0 +1,236 @@
+"""Phase two keeps the best model it comes by, and says what it did at every step."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from narrow import PROCESSOR, accelerator, all_pixel_values, tiny_model
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+
+from cxr_backbone.training import loop
+from cxr_backbone.training.arguments import FineTuningArguments
+from cxr_backbone.training.loop import predict, train
+from cxr_backbone.training.phases import fine_tune, parameter_groups
+
+
+class Run:
+    """A fine-tuning with its log and what it saved."""
+
+    def __init__(self, phantoms, model=None, accumulation=1, method=fine_tune, seed=0, **arguments):
+        self.model, self.lines, self.saved = model or tiny_model(), [], []
+        self.accelerator = accelerator(accumulation)
+        settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.8, "patience": 100}
+        settings["gradient_accumulation_steps"] = accumulation
+        self.error = None
+        try:
+            method(
+                self.model,
+                phantoms["train"],
+                phantoms["validation"],
+                PROCESSOR,
+                self.accelerator,
+                FineTuningArguments(**(settings | arguments)),
+                seed=seed,
+                log=lambda **line: self.lines.append(line),
+                save=lambda model: self.saved.append(copy.deepcopy(model.state_dict())),
+            )
+        except RuntimeError as error:
+            self.error = str(error)
+
+    @property
+    def evaluations(self):
+        return [line for line in self.lines if "validation_loss" in line]
+
+    @property
+    def steps(self):
+        return [line for line in self.lines if "step" in line]
+
+
+@pytest.fixture(scope="module")
+def tuned(phantoms):
+    return Run(phantoms, epochs=4)
+
+
+def validation_loss(state_dict, phantoms):
+    model = tiny_model()
+    model.load_state_dict(state_dict)
+    prepared = accelerator()
+    logits, labels = predict(model, phantoms["validation"], PROCESSOR, prepared, batch_size=8)
+    return F.cross_entropy(logits, labels).item()
+
+
+def test_findings_are_fine_tuned_by_the_same_function():
+    generator = np.random.default_rng(0)
+    levels = [0, 100] * 16
+    films = [generator.integers(level, level + 100, (75, 75), dtype=np.uint8) for level in levels]
+    labels = [{"bright": float(level > 0), "never known": float("nan")} for level in levels]
+    rows = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels})
+    model = tiny_model(2, problem_type="multi_label_classification")
+    run = Run({"train": rows, "validation": rows}, model=model, epochs=12, augmentation=0.0)
+    losses = [line["train_loss"] for line in run.steps]
+    quarter = len(losses) // 4
+    assert run.error is None and sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
+
+
+def test_fine_tuning_learns_dark_from_bright():
+    generator = np.random.default_rng(0)
+    labels = [0, 1] * 16
+    films = [generator.integers(100 * label, 100 * label + 100, (75, 75), dtype=np.uint8) for label in labels]
+    dark_and_bright = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels})
+    run = Run({"train": dark_and_bright, "validation": dark_and_bright}, epochs=12, augmentation=0.0)
+    losses = [line["train_loss"] for line in run.steps]
+    quarter = len(losses) // 4
+    assert sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
+
+
+def test_what_was_saved_last_has_the_lowest_validation_loss_of_the_log(tuned, phantoms):
+    losses = [line["validation_loss"] for line in tuned.evaluations]
+    assert min(losses) < losses[-1]  # the best is not the last
+    assert validation_loss(tuned.saved[-1], phantoms) == pytest.approx(min(losses), abs=1e-6)
+    records = [loss for index, loss in enumerate(losses) if loss < min([*losses[:index], float("inf")])]
+    assert len(tuned.saved) == len(records)
+
+
+def test_the_start_is_evaluated_and_saved_before_the_first_step(tuned):
+    assert tuned.evaluations[0]["epoch"] == 0 and tuned.evaluations[0]["train_loss"] is None
+    start = tiny_model().state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in tuned.saved[0].items())
+
+
+def test_the_log_has_each_step_and_each_evaluation(tuned, phantoms):
+    steps_per_epoch = len(phantoms["train"]) // 8
+    assert [line["step"] for line in tuned.steps] == list(range(4 * steps_per_epoch))
+    assert [line["epoch"] for line in tuned.evaluations][::2] == [0, 1, 2, 3, 4]
+    assert len(tuned.evaluations) == 1 + 4 * 2
+    assert {line["phase"] for line in tuned.lines} == {"fine_tuning"}
+    between = [line["train_loss"] for line in tuned.steps[: round(steps_per_epoch / 2)]]
+    assert tuned.evaluations[1]["train_loss"] == pytest.approx(sum(between) / len(between), abs=1e-6)
+
+
+def test_the_average_that_is_kept_is_not_the_raw_model(tuned):
+    raw, kept = tuned.model.state_dict(), tuned.saved[-1]
+    assert raw.keys() == kept.keys()
+    changed = [name for name, tensor in kept.items() if not torch.equal(tensor, raw[name])]
+    assert set(changed) >= {name for name in kept if name.endswith(("convolution.weight", "running_mean"))}
+
+
+def test_the_seed_repeats_a_run_to_the_bit_and_another_changes_it(phantoms):
+    runs = [Run(phantoms, epochs=1, seed=seed) for seed in (0, 0, 1)]
+    assert runs[0].lines == runs[1].lines != runs[2].lines
+    raw = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(tensor, raw[1][name]) for name, tensor in raw[0].items())
+
+
+def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
+    worse = iter([1.0, 0.5, 0.2, 0.1])
+
+    def answer_less_and_less(model, films, *rest, batch_size):
+        labels = torch.tensor(films["label"])
+        return next(worse) * F.one_hot(labels, 2).float(), labels
+
+    monkeypatch.setattr(loop, "predict", answer_less_and_less)
+    run = Run(phantoms, epochs=1, evaluations_per_epoch=3)
+    assert len(run.evaluations) == 4 and len(run.saved) == 1
+    start = tiny_model().state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in run.saved[0].items())
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_it_stops_after_that_many_evaluations_without_a_lower_loss(phantoms, monkeypatch, patience):
+    def answer_nothing(model, films, *rest, batch_size):
+        return torch.zeros(len(films), 2), torch.tensor(films["label"])
+
+    monkeypatch.setattr(loop, "predict", answer_nothing)
+    run = Run(phantoms, epochs=50, patience=patience)
+    assert len(run.evaluations) == 1 + patience
+    assert len(run.steps) < 50 * len(phantoms["train"]) // 8
+
+
+def train_frozen(to_stage, model, *rest, **keywords):
+    """`fine_tune` for a model whose lower stages stay frozen."""
+    model.freeze_backbone(to_stage)
+    optimizer = torch.optim.AdamW(parameter_groups(model, rest[-1]))
+    train(model, *rest, optimizer, lambda updates: LambdaLR(optimizer, lambda update: 1.0), **keywords)
+
+
+def train_counting(counts, model, *rest, **keywords):
+    """`fine_tune` that notes how many updates are announced and how many are made."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, rest[-1]))
+    scheduler = LambdaLR(optimizer, lambda update: 1.0)
+
+    def make_scheduler(updates):
+        counts["announced"] = updates
+        return scheduler
+
+    train(model, *rest, optimizer, make_scheduler, **keywords)
+    counts["scheduled"] = scheduler.last_epoch
+    counts["made"] = {int(state["step"]) for state in optimizer.state.values()}
+
+
+@pytest.mark.parametrize("accumulation, an_epoch", [(1, 5), (2, 3), (5, 1), (7, 1)])
+def test_accumulated_batches_make_one_update(phantoms, accumulation, an_epoch):
+    """Five batches an epoch; the last ones of an epoch make an update of their own."""
+    counts = {}
+    run = Run(phantoms, accumulation=accumulation, method=partial(train_counting, counts), evaluations_per_epoch=2)
+    assert len(phantoms["train"]) // 8 == 5 and len(run.steps) == 10
+    assert counts == {"announced": 2 * an_epoch, "scheduled": 2 * an_epoch, "made": {2 * an_epoch}}
+
+
+def test_a_frozen_stage_does_not_move_by_one_bit(phantoms):
+    start = tiny_model().state_dict()
+    run = Run(phantoms, epochs=1, method=partial(train_frozen, "stage1"), weight_decay=0.5)
+    for states in (run.model.state_dict(), run.saved[-1]):
+        frozen = [name for name in start if ".stem." in name or ".stage1." in name]
+        assert any("running_mean" in name for name in frozen)
+        assert all(torch.equal(states[name], start[name]) for name in frozen)
+    later = [name for name in start if ".stage2." in name and name.endswith(("convolution.weight", "running_mean"))]
+    assert later and not any(torch.equal(run.model.state_dict()[name], start[name]) for name in later)
+
+
+def test_fine_tuning_unfreezes_what_phase_one_froze(phantoms):
+    model = tiny_model()
+    model.freeze_backbone()
+    run = Run(phantoms, model=model, epochs=1, warmup_ratio=0.0)
+    start, end = tiny_model().state_dict(), run.model.state_dict()
+    stem = [name for name in start if ".stem." in name and name.endswith(("weight", "running_mean", "running_var"))]
+    assert stem and not any(torch.equal(end[name], start[name]) for name in stem)
+
+
+def test_gradient_checkpointing_gives_the_same_run(phantoms):
+    plain, checkpointed = (Run(phantoms, epochs=1, gradient_checkpointing=on) for on in (False, True))
+    assert checkpointed.error is None
+    for one, other in zip(plain.steps, checkpointed.steps, strict=True):
+        assert one["train_loss"] == pytest.approx(other["train_loss"], abs=1e-4)
+    assert checkpointed.evaluations[-1]["validation_loss"] == pytest.approx(
+        plain.evaluations[-1]["validation_loss"], abs=1e-4
+    )
+
+
+def test_a_learning_rate_that_explodes_stops_the_run_and_leaves_what_was_saved(phantoms):
+    run = Run(phantoms, learning_rate=1e30, warmup_ratio=0.0)
+    assert run.error and "nan at step 1" in run.error and "fine_tuning.learning_rate" in run.error
+    assert len(run.saved) == 1 and all(tensor.isfinite().all() for tensor in run.saved[0].values())
+
+
+def test_a_model_that_starts_broken_is_never_saved(phantoms):
+    model = tiny_model()
+    nn.init.constant_(model.classifier.output_layer.bias, float("nan"))
+    run = Run(phantoms, model=model)
+    assert "nan at step 0" in run.error
+    assert run.saved == []
+
+
+def test_predictions_are_in_order_and_leave_the_mode_as_it_was(phantoms):
+    model, prepared = tiny_model(dropout=0.5).train(), accelerator()
+    logits, labels = predict(model, phantoms["test"], PROCESSOR, prepared, batch_size=4)
+    assert model.training
+    assert labels.tolist() == phantoms["test"]["label"][:]
+    with torch.no_grad():
+        expected = model.eval()(all_pixel_values(phantoms["test"])).logits
+    assert len(logits) == len(phantoms["test"]) and len(logits) % 4 != 0
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
