@@ -15,20 +15,6 @@ from cxr_backbone.data.facts import FILM_FEATURES
 from cxr_backbone.data.synthetic import draw_phantom, load_synthetic
 
 
-@pytest.fixture
-def originals(shared):
-    """Full-size JPEGs of the Kermany set."""
-    return sorted((shared / "data/kermany-originals").rglob("*.jpeg"))
-
-
-@pytest.fixture
-def film(tmp_path):
-    """A drawn film as a PNG file."""
-    path = tmp_path / "film.png"
-    Image.fromarray(draw_phantom(0, opacity=True, image_size=64)).save(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def thousands(tmp_path_factory):
     """Paths of 2,000 films of one grey level each; row 5 is cut short, row 700 is text, row 1999 is gone."""

@@ -22,20 +22,6 @@ from cxr_backbone.image_processing_cxr_inception import to_grey_uint8
 RAMP = np.linspace(300, 50_000, 30 * 40).reshape(30, 40)
 
 
-@pytest.fixture
-def originals(shared):
-    """Full-size JPEGs of the Kermany set."""
-    return sorted((shared / "data/kermany-originals").rglob("*.jpeg"))
-
-
-@pytest.fixture
-def film(tmp_path):
-    """A drawn film as a PNG file."""
-    path = tmp_path / "film.png"
-    Image.fromarray(draw_phantom(0, opacity=True, image_size=64)).save(path)
-    return path
-
-
 def test_real_films_decode_to_the_pixels_of_convert_l(originals):
     for path in originals:
         assert (read_radiograph(path) == np.asarray(Image.open(path).convert("L"))).all()
