@@ -2,9 +2,10 @@
 
     python recipes/audit.py recipes/configs/pneumonia.yaml --data.source path/to/chest_xray --run.output_dir runs/audit
 
-Prints a summary; run.output_dir gets audit.json and audit.html, which shows films of the data set. The exit status is 1
-if a patient or a film stands in two splits and data.allow_leaks doesn't say that it may. Films that can't be read are
-listed and left out. The configuration is that of a training, and what was decoded here is not decoded again there.
+Prints a summary; run.output_dir gets audit.json and audit.html, which shows films of the data set. The exit status is
+2 if a patient or a film stands in two splits and data.allow_leaks doesn't say that it may, and 1 if nothing can be
+audited. Films that can't be read are listed and left out. The configuration is that of a training, and what was decoded
+here is not decoded again there.
 """
 
 import logging
@@ -30,7 +31,7 @@ def main() -> None:
     print(summary(report))
     print(f"The page with pictures: {run.path / 'audit.html'}")
     if leaks(report).keys() - set(arguments.data.allow_leaks):
-        sys.exit(1)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

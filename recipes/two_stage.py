@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import pipeline
@@ -164,7 +164,8 @@ def prepare(argv):
             f"fine_tuning.batch_size={arguments.fine_tuning.batch_size} is more than the "
             f"{len(films.train)} images to train on."
         )
-    report = audit(films.splits, films.unreadable)
+    reports = [audit(films.splits, films.unreadable) if join_processes().is_main_process else None]
+    (report,) = broadcast_object_list(reports)
     if join_processes().is_main_process:
         print(summary(report))
     for kind, sentence in leaks(report).items():

@@ -42,6 +42,7 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
     environment = json.loads((run / "environment.json").read_text())
     arguments = yaml.safe_load((run / "config.yaml").read_text())
     config = json.loads((model / "config.json").read_text())
+    audit = json.loads((run / "audit.json").read_text())
     data_source = _without_folders(arguments["data"]["source"] or arguments["data"]["format"])
     results = [
         EvalResult("image-classification", data_source, data_source, name, round(value, 4), dataset_split="test")
@@ -65,6 +66,9 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
         image_size=config["image_size"],
         data_source=data_source,
         init=_without_folders(arguments["model"]["init"] or "random"),
+        films_without_patient=audit["patients_across_splits"]["films_without_patient"],
+        patients_across_splits=audit["patients_across_splits"]["count"],
+        duplicates_across_splits=audit["duplicates"]["groups_across_splits"],
         images={
             split: figures["images"] for split, figures in metrics["fine_tuned"].items() if isinstance(figures, dict)
         },

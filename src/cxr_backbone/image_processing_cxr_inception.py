@@ -166,4 +166,11 @@ def _channels_last(image: np.ndarray, data_format: str | ChannelDimension | None
     return np.moveaxis(image, 0, -1) if ChannelDimension(data_format) == ChannelDimension.FIRST else image
 
 
-__all__ = ["CXRInceptionImageProcessor", "to_grey_uint8"]
+__all__ = [
+    "CXRInceptionImageProcessor",
+    "blocks_of_rows",
+    "grey_range",
+    "grey_values",
+    "to_grey_uint8",
+    "to_levels",
+]

@@ -33,13 +33,14 @@ def write_parquet(folder, number=24, shards=2, split="train", label=CLASSES, cha
     return folder
 
 
-def write_tars(folder, number=24, shards=2, split="train", beside=lambda ill: {"label": NAMES[ill]}):
+def write_tars(folder, number=24, shards=2, split="train", beside=lambda ill: {"label": NAMES[ill]}, suffix="png"):
     folder.mkdir(exist_ok=True)
     for index in range(shards):
         with tarfile.open(folder / f"{split}-{index}.tar", "w") as tar:
             for image, ill, patient in list(films(number))[index::shards]:
                 text = json.dumps({**beside(ill), "patient_id": patient}).encode()
-                for name, content in ((image["path"], image["bytes"]), (f"{Path(image['path']).stem}.json", text)):
+                key = Path(image["path"]).stem
+                for name, content in ((f"{key}.{suffix}", image["bytes"]), (f"{key}.json", text)):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))

@@ -6,9 +6,11 @@ import sys
 import datasets
 import pytest
 from data.drawn_shards import NAMES, write_parquet, write_tars
+from datasets.distributed import split_dataset_by_node
 from hub.loopback import LoopbackHub
 
 from cxr_backbone.data.shards import open_stream
+from cxr_backbone.data.table import load_table
 
 
 @pytest.fixture(params=["parquet", "tar"])
@@ -49,8 +51,58 @@ def test_what_cannot_be_opened_is_refused(tmp_path):
         open_stream(str(tmp_path / "sides"), label_columns=["label"])
 
 
+def ids_in_any_order(stream, processes=2):
+    rows = stream.splits["train"]
+    shuffled = [row["image_id"] for row in rows.shuffle(seed=3, buffer_size=5)]
+    shares = [row["image_id"] for rank in range(processes) for row in split_dataset_by_node(rows, rank, processes)]
+    patients = {row["image_id"]: row["patient_id"] for row in rows.shuffle(seed=4, buffer_size=2)}
+    return sorted(shuffled), sorted(shares), patients
+
+
+def test_a_film_has_one_name_in_every_order_and_share(shards):
+    stream = open_stream(str(shards), label_columns=["label"], label_names=NAMES)
+    shuffled, shares, patients = ids_in_any_order(stream)
+    assert shuffled == shares == sorted(patients)
+    assert {image_id: patient for image_id, patient in patients.items()} == {
+        row["image_id"]: row["patient_id"] for row in stream.splits["train"]
+    }
+
+
+def test_dicom_films_of_a_tar_are_called_by_their_key(tmp_path):
+    stream = open_stream(str(write_tars(tmp_path / "shards", suffix="dcm")), label_columns=["label"], label_names=NAMES)
+    shuffled, shares, _ = ids_in_any_order(stream)
+    assert shuffled == shares == sorted(str(film) for film in range(24))
+
+
+def test_films_without_a_name_are_refused(tmp_path):
+    shards = write_parquet(tmp_path / "shards", changed={"image": {"bytes": b"film", "path": None}})
+    with pytest.raises(ValueError, match="has a film without a name; expected a column image_id"):
+        list(open_stream(str(shards), label_columns=["label"]).splits["train"])
+
+
+def test_label_names_order_the_classes_by_their_names(tmp_path):
+    shards = write_parquet(tmp_path / "shards")  # its own order is NORMAL, PNEUMONIA
+    given = open_stream(str(shards), label_columns=["label"]).splits["train"]
+    turned = open_stream(str(shards), label_columns=["label"], label_names=NAMES[::-1]).splits["train"]
+    table = load_table(shards, label_columns=["label"], label_names=NAMES[::-1], num_folds=4)
+    expected = {row["image_id"]: 1 - row["label"] for row in given}
+    assert {row["image_id"]: row["label"] for row in turned} == expected
+    of_table = {
+        image_id.removeprefix("train/"): label
+        for split in table.values()
+        for image_id, label in zip(split["image_id"], split["label"], strict=True)
+    }
+    assert of_table == expected
+
+
+def test_shards_without_patients_open_and_say_so(tmp_path):
+    stream = open_stream(str(write_parquet(tmp_path / "shards")), label_columns=["label"], patient_column="")
+    assert {row["patient_id"] for row in stream.splits["train"]} == {None}
+
+
 FROM_THE_HUB = """
 from cxr_backbone.data.shards import open_stream
+from cxr_backbone.data.table import load_table
 from cxr_backbone.data.table import load_table
 
 stream = open_stream("org/films", label_columns=["label"])

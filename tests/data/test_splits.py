@@ -136,6 +136,11 @@ def test_findings_are_balanced_by_the_rarest_that_a_film_shows():
         ({"train": films(0, 40)}, {"fold": 10}, "fold=10 must be 0 or more and below num_folds=10"),
         ({"train": films(0, 40)}, {"fold": -1}, "fold=-1"),
         ({"train": films(0, 40)}, {"num_folds": 2}, "leaves nothing to train on"),
+        (
+            {"train": films(0, 20), "validation": films(20, 30), "test": films(30, 40)},
+            {"fold": 1},
+            "fold=1 means nothing: the source brings its validation and its test split",
+        ),
     ],
 )
 def test_splits_that_cannot_be_completed_are_refused(given, settings, message):
@@ -185,6 +190,8 @@ def test_a_real_run_can_be_repeated(tmp_path):
         (lambda text: text.replace("split,image_id", "side,film"), "is no split file"),
         (lambda text: text.replace("validation,", "dev,"), "has the split 'dev'"),
         (lambda text: text + "train,999.png,p1\n", r"line 82 lists 999\.png, which the data set lacks"),
+        (lambda text: text.replace("test,", "train,"), "lists no film of the test split"),
+        (lambda text: "\0\ufffd" + text, "is no split file"),
         (lambda text: text + "train,3.png,p1\n", r"line 82 lists 3\.png, which the data set lacks or lists before"),
     ],
 )

@@ -78,11 +78,11 @@ def leaking(tmp_path):
     return tmp_path / "films"
 
 
-def test_a_leak_ends_in_status_1_and_a_broken_file_is_listed(leaking, run_audit):
+def test_a_leak_ends_in_status_2_and_a_broken_file_is_listed(leaking, run_audit):
     options = ["recipes/configs/table.yaml", "--data.format", "imagefolder", "--data.source", leaking]
     options += ["--data.patient_pattern", r"p\d+", "--data.num_folds", "3"]
     process, folder = run_audit(*options)
-    assert process.returncode == 1, process.stderr
+    assert process.returncode == 2, process.stderr
     assert "p2.png" in process.stdout and "**LEAK**" in process.stdout
     (unreadable,) = json.loads((folder / "audit.json").read_text())["unreadable"]
     assert unreadable.endswith("train/NORMAL/p4.png")

@@ -93,6 +93,16 @@ def test_processes_take_steps_together(stream_run):
     assert stream_run.log[-1]["epoch"] == 2
 
 
+def test_two_processes_train_on_one_decoded_set(tmp_path):
+    overrides = SMALL | {"data.num_patients": [40], "fine_tuning.batch_size": [4]}
+    run = Run(tmp_path, "recipes/configs/sample.yaml", 2, **overrides)
+    splits = load_synthetic(40, image_size=75)
+    figures = run.read("metrics.json")["fine_tuned"]
+    assert run.read("environment.json")["processes"] == 2
+    assert {name: figures[name]["images"] for name in splits} == {name: len(rows) for name, rows in splits.items()}
+    assert run.process.stdout.count("duplicates: ") == 1  # one audit
+
+
 def test_no_decoded_copy_of_train_is_kept(stream_run, tmp_path_factory):
     """Facts and thumbnails are; pixels are those of validation and test alone."""
     decoded = {path.parts[-5]: path for path in stream_run.path.parent.rglob("cxr_backbone/**/*.arrow")}

@@ -193,6 +193,11 @@ def test_a_source_is_named_where_there_is_one_and_only_there(parse):
             parse("", *argv)
 
 
+def test_a_fold_beside_a_split_on_file_is_refused(parse):
+    with pytest.raises(ValueError, match=r"data\.fold=1 is not allowed; expected nothing beside data\.split_file"):
+        parse("", "--data.fold", "1", "--data.split_file", "split.csv")
+
+
 @pytest.mark.parametrize("text", ["run: [", "run: {a: b", "a: b: c"])
 def test_broken_yaml_is_refused_and_the_file_named(tmp_path, text):
     (tmp_path / "broken.yaml").write_text(text)

@@ -1,6 +1,7 @@
 """What training feeds the network is what the image processor would have made of the same film."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,6 +91,26 @@ def test_findings_come_as_floats_with_nan_for_unknown():
     for films in (rows, as_stream(rows, num_shards=1)):
         labels = run_through(lambda x: x.flatten(1), films, RAW, accelerator(), batch_size=2, desc="")[1]
         np.testing.assert_array_equal(labels.numpy(), np.array([[1, math.nan], [0, 1]], dtype=np.float32))
+
+
+def test_fewer_films_than_processes_are_refused(numbered):
+    crowd = SimpleNamespace(num_processes=24, process_index=0)
+    with pytest.raises(ValueError, match="23 films are too few for 24 processes"):
+        run_through(lambda x: x.flatten(1), numbered, RAW, crowd, batch_size=8, desc="")
+
+
+def test_a_share_without_films_does_not_pass_for_an_epoch():
+    empty = FilmStream(number_rows([1]).to_iterable_dataset().filter(lambda row: False), 8, "empty")
+    with pytest.raises(RuntimeError, match="hold no film of train"):
+        list(training_loader(empty, 4, accelerator(), seed=0))
+
+
+def test_shards_that_do_not_divide_among_the_processes_are_warned_of(caplog):
+    films = as_stream(number_rows(list(range(23))), num_shards=3)
+    pair = SimpleNamespace(num_processes=2, process_index=0, gradient_state=None, device="cpu")
+    loader = training_loader(films, 2, pair, seed=0)
+    assert len(loader) == 23 // 4
+    assert "3 shards for 2 processes" in caplog.text
 
 
 def test_a_film_keeps_its_label(numbered):

@@ -152,6 +152,31 @@ def test_a_class_that_a_split_lacks_is_named(table):
         check_classes(prepare(table, split_column="split").splits, DataArguments("table", source=str(table)))
 
 
+def test_findings_of_which_nothing_is_known_are_refused(table):
+    with table.open(newline="") as file:
+        rows = [row | {"Edema": "1", "Mass": "0"} for row in csv.DictReader(file)]
+    blank = {row["image"]: {"Edema": "", "Mass": ""} for row in rows if row["patient_id"] in ("p0", "p1")}
+    write_table(
+        table,
+        [row | blank.get(row["image"], {}) | {"side": "test" if row["image"] in blank else "train"} for row in rows],
+    )
+    splits = prepare(table, label_columns=["Edema", "Mass"], label_names=[], split_column="side").splits
+    with pytest.raises(ValueError, match="nothing is known of any film in the test split"):
+        check_classes(splits, DataArguments("table", source=str(table)))
+
+
+def test_embedded_films_that_are_skipped_keep_their_names_apart(shards, tmp_path):
+    """A row of the same number, broken, in two splits."""
+    for split in ("train", "test"):
+        rows = datasets.load_dataset("parquet", data_files=[str(path) for path in shards.glob("*.parquet")])["train"]
+        broken = rows.cast_column("image", datasets.Image(decode=False)).to_list()
+        broken[3]["image"] = {"bytes": b"no image", "path": None}
+        broken = [row | {"patient_id": f"{split}-{row['patient_id']}"} for row in broken]
+        datasets.Dataset.from_list(broken, features=rows.features).to_parquet(tmp_path / "sides" / f"{split}-0.parquet")
+    films = prepare(shards.parent / "films.csv", source=str(tmp_path / "sides"), unreadable="skip")
+    assert len(films.unreadable) == 2 and all("no image" not in name for name in films.unreadable)
+
+
 def test_the_cache_is_where_it_was_asked_for(table):
     shutil.rmtree(table.parent / "cache", ignore_errors=True)
     prepare(table)

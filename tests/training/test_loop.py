@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.training import loop
 from cxr_backbone.training.arguments import FineTuningArguments
 from cxr_backbone.training.loop import predict, train
@@ -172,10 +173,14 @@ def train_counting(counts, model, *rest, **keywords):
     counts["made"] = {int(state["step"]) for state in optimizer.state.values()}
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("accumulation, an_epoch", [(1, 5), (2, 3), (5, 1), (7, 1)])
-def test_accumulated_batches_make_one_update(phantoms, accumulation, an_epoch):
+def test_accumulated_batches_make_one_update(phantoms, accumulation, an_epoch, streamed):
     """Five batches an epoch; the last ones of an epoch make an update of their own."""
     counts = {}
+    if streamed:
+        rows = phantoms["train"]
+        phantoms = phantoms | {"train": FilmStream(rows.to_iterable_dataset(num_shards=2), len(rows), "phantoms")}
     run = Run(phantoms, accumulation=accumulation, method=partial(train_counting, counts), evaluations_per_epoch=2)
     assert len(phantoms["train"]) // 8 == 5 and len(run.steps) == 10
     assert counts == {"announced": 2 * an_epoch, "scheduled": 2 * an_epoch, "made": {2 * an_epoch}}

@@ -191,7 +191,8 @@ def _check_patients(films: dict[str, Iterable[Entry]], folder: Path) -> None:
 
 
 def _find_images(folder: Path, names: list[str]) -> dict[str, Path]:
-    """The file of each film. Names are looked up among what the image folders hold, so none leads out of them."""
+    """The file of each film. Names are looked up among what the image folders hold, so no name leads out of them. (A
+    link may: people keep the images on another disk.)"""
     candidates = [folder / "images", *(path for part in folder.glob("images_*") for path in (part, part / "images"))]
     paths: dict[str, Path] = {}
     wanted = set(names)

@@ -97,7 +97,11 @@ def decode_once(
         num_proc=num_proc and min(num_proc, len(undecoded)),
         desc="Decoding films",
     )
-    return leave_out_unreadable(decoded, lambda row: _film_name(undecoded[row]["image"], row), on_unreadable)
+
+    def name_of(row: int) -> str:
+        return _film_name(undecoded[row]["image"], undecoded[row].get("image_id"), row)
+
+    return leave_out_unreadable(decoded, name_of, on_unreadable)
 
 
 def leave_out_unreadable(
@@ -124,14 +128,14 @@ def leave_out_unreadable(
 
 
 def decode_film(
-    image: Mapping[str, Any] | None, image_size: int, *, reduced: bool = False, name: str = "an embedded image"
+    image: Mapping[str, Any] | None, image_size: int, *, reduced: bool = False, name: str | None = None
 ) -> dict[str, Any]:
     """What `decode_once` does with one film.
 
     Args:
         image: what `datasets.Image(decode=False)` gives: `path`, and `bytes` where the file is embedded.
         image_size, reduced: as in `decode_once`.
-        name: what an error calls a film without a path.
+        name: what an error calls an embedded film; by default its path, if it has one.
 
     Returns:
         pixels: S * S bytes, row-major uint8.
@@ -145,8 +149,9 @@ def decode_film(
     path, content = (image["path"], image["bytes"]) if image is not None else (None, None)
     source = path if content is None else content
     if source is None:
-        raise ValueError(f"There is no image in {name}; expected a path or the bytes of a file.")
-    grey = read_radiograph(source, reduce_to=image_size if reduced else None, name=path or name)
+        raise ValueError(f"There is no image in {name or 'the row'}; expected a path or the bytes of a file.")
+    called = path if content is None else name or path
+    grey = read_radiograph(source, reduce_to=image_size if reduced else None, name=called)
     height, width = _native_size(source, grey) if reduced else grey.shape
     file_bytes = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     facts = film_facts(grey, native_size=(height, width), file_bytes=file_bytes)
@@ -183,10 +188,11 @@ def _decode_batch(
     batch: Mapping[str, Any], rows: Sequence[int], image_size: int, reduced: bool
 ) -> dict[str, list[Any]]:
     decoded: dict[str, list[Any]] = {"pixels": [], "film": [], "error": []}
-    for row, image in zip(rows, batch["image"], strict=True):
+    image_ids = batch.get("image_id") or [None] * len(rows)
+    for row, image, image_id in zip(rows, batch["image"], image_ids, strict=True):
         film: dict[str, Any] = {"pixels": None, "film": None, "error": None}
         try:
-            film |= decode_film(image, image_size, reduced=reduced, name=_film_name(image, row))
+            film |= decode_film(image, image_size, reduced=reduced, name=_film_name(image, image_id, row))
         except (FileNotFoundError, ValueError) as reason:
             film["error"] = str(reason)
         for column, values in decoded.items():
@@ -194,8 +200,11 @@ def _decode_batch(
     return decoded
 
 
-def _film_name(image: Mapping[str, Any] | None, row: int) -> str:
-    return (image and image["path"]) or f"row {row} of the data set"
+def _film_name(image: Mapping[str, Any] | None, image_id: str | None, row: int) -> str:
+    """The path of a file; of an embedded film its image_id, since paths that are kept with bytes need not be unique."""
+    path = image["path"] if image else None
+    is_embedded = bool(image and image["bytes"] is not None)
+    return (image_id if is_embedded else None) or path or image_id or f"row {row} of the data set"
 
 
 def _unreadable_message(reasons: list[str], total: int) -> str:

@@ -154,7 +154,7 @@ def _decode(file: io.BytesIO, header: Dataset, syntax: uid.UID) -> np.ndarray:
     else:
         check_jpeg_2000(frame, rows, columns, allocated)
     if PLUGINS[syntax] not in get_decoder(syntax).available_plugins:
-        raise ImportError(name=f"a decoder of {syntax.name}")
+        raise ImportError(name=f"a decoder of {syntax.name} ({PLUGINS[syntax]})")
     return pixel_array(file, index=0, raw=True, decoding_plugin=PLUGINS[syntax], extended_offsets=None)
 
 

@@ -108,11 +108,17 @@ def load_shards(folder: Path) -> datasets.DatasetDict | None:
     Raises:
         ValueError: as `load_parquet`.
     """
-    shards = sorted(folder.glob("data/*.parquet")) or sorted(folder.glob("*.parquet"))
-    files: dict[str, list[str]] = {}
-    for shard in shards:
-        files.setdefault(shard.stem.split("-")[0], []).append(str(shard))
+    files = shards_by_split(folder, "*.parquet")
     return load_parquet(files, folder) if files else None
+
+
+def shards_by_split(folder: Path, pattern: str) -> dict[str, list[str]]:
+    """The shards in a folder's `data/`, or else in itself, under what their names start with: `train-0.parquet`,
+    `train_0.parquet` and `train.parquet` are of train."""
+    files: dict[str, list[str]] = {}
+    for shard in sorted(folder.glob(f"data/{pattern}")) or sorted(folder.glob(pattern)):
+        files.setdefault(re.split(r"[-_.]", shard.name)[0], []).append(str(shard))
+    return files
 
 
 def load_parquet(files: Mapping[str, Sequence[str]], source: Path) -> datasets.DatasetDict:
@@ -133,9 +139,13 @@ def load_from_hub(source: str | Path) -> datasets.DatasetDict:
     Raises:
         FileNotFoundError: the source is no Hub id, or can't be loaded from there.
     """
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         raise FileNotFoundError(f"There is no file or folder {source}.")
     try:
-        return datasets.load_dataset(source)
+        return datasets.load_dataset(str(source))
     except (OSError, datasets.exceptions.DatasetsError) as reason:
         raise FileNotFoundError(f"{source} is neither here nor a Hub data set that can be loaded: {reason}") from reason
+
+
+def is_hub_id(source: str | Path) -> bool:
+    return isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None

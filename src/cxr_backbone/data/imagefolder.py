@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 def load_imagefolder(
     source: str | Path,
     *,
-    patient_pattern: str | None,
+    patient_pattern: str | None = None,
     label_names: Sequence[str] | None = None,
     num_folds: int = 10,
     fold: int = 0,

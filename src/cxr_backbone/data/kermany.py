@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from cxr_backbone.data.files import listed_file, load_from_hub, load_shards, visible
+from cxr_backbone.data.files import IMAGE_SUFFIXES, listed_file, load_from_hub, load_shards, visible
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import complete_splits, is_missing
 
@@ -22,7 +22,6 @@ LABELS = ["NORMAL", "PNEUMONIA"]
 LABEL_OF_SUBTYPE = {"normal": "NORMAL", "bacteria": "PNEUMONIA", "virus": "PNEUMONIA"}
 CSV_COLUMNS = ["path", "label", "split", "patient_id", "subtype"]
 OFFICIAL_VALIDATION = {"val", "validation"}
-IMAGE_SUFFIXES = {".jpeg", ".jpg", ".png"}
 LAYOUTS = "labels.csv; train/ and test/ with NORMAL/ and PNEUMONIA/; chest_xray/ around those; Parquet shards"
 
 FEATURES = datasets.Features({**make_features(LABELS), "subtype": datasets.Value("string")})

@@ -192,7 +192,8 @@ class _Silence:
         self._lock = threading.Lock()
         self._readers = 0
         self._pillow = logging.getLogger("PIL")
-        logging.getLogger("pydicom").addFilter(lambda record: self._readers == 0)
+        for name in ("pydicom", "pydicom.pixels.utils", "pydicom.pixels.decoders.base"):  # those that it logs with
+            logging.getLogger(name).addFilter(lambda record: self._readers == 0)
 
     def __enter__(self) -> None:
         with self._lock:

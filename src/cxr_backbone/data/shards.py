@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from cxr_backbone.data.files import split_of
+from cxr_backbone.data.files import IMAGE_SUFFIXES, is_hub_id, shards_by_split, split_of
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import is_missing
 from cxr_backbone.data.table_labels import class_labels, finding_labels
@@ -23,7 +22,7 @@ UNDECODED = datasets.Image(decode=False)
 ROWS_AT_ONCE = 16  # of a shard in memory; a film may take several MB
 SHARDS = {"parquet": "*.parquet", "webdataset": "*.tar"}
 # The parts of a WebDataset sample that may be its film: file name extensions.
-IMAGE_PARTS = ("jpg", "jpeg", "png", "tif", "tiff", "dcm")
+IMAGE_PARTS = sorted(suffix[1:] for suffix in IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -66,21 +65,25 @@ def open_stream(
     for name, rows in loaded.items():
         where = f"{source} ({name})"
         columns = rows.features
+        if columns is None:
+            raise ValueError(f"{where} doesn't tell its columns; expected Parquet or WebDataset shards.")
         beside = columns.get("json", {}) if "__key__" in columns else columns
         film = image_column or ("image" if beside is columns else next(filter(columns.__contains__, IMAGE_PARTS), None))
         if film is None or film not in columns:
             raise ValueError(f"{where} has no column of films; it has {', '.join(columns)}.")
-        if absent := [column for column in (*label_columns, patient_column) if column not in beside]:
+        if absent := [column for column in (*label_columns, patient_column) if column and column not in beside]:
             raise ValueError(f"{where} has no column {absent[0]!r}; it has {', '.join(beside)}.")
         names = _label_names(label_columns, label_names, beside, where)
         features = make_features(names, multi_label=len(label_columns) > 1)
         policies = {"uncertain": uncertain, "missing": missing}
-        read = _RowReader(film, patient_column, label_columns, names, policies, beside is not columns, where)
+        class_names = {column: beside[column].names for column in label_columns if _is_class_label(beside[column])}
+        read = _RowReader(
+            film, patient_column, label_columns, names, class_names, policies, beside is not columns, where
+        )
         if (split := split_of(name, source)) in splits:
             raise ValueError(f"{source} has two {split} splits: {', '.join(loaded)}.")
         splits[split] = rows.cast_column(film, UNDECODED).map(
             read,
-            with_indices=True,
             batched=True,
             batch_size=ROWS_AT_ONCE,
             remove_columns=list(columns),
@@ -100,41 +103,52 @@ class _RowReader:
     patient_column: str
     label_columns: list[str]
     label_names: list[str]
+    class_names: dict[str, list[str]]  # of label columns that hold indices into names of their own
     policies: dict[str, str]
     in_json: bool
     where: str
 
-    def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
         images = batch[self.film]
         beside = batch
         if self.in_json:
-            columns = {*self.label_columns, self.patient_column, "image_id"}
+            columns = {*self.label_columns, self.patient_column, "image_id"} - {""}
             beside = {column: [row.get(column) for row in batch["json"]] for column in columns}
-        named = beside.get("image_id") or [None] * len(images)
-        image_ids = [
-            image_id or (image or {}).get("path") or str(index)
-            for image_id, image, index in zip(named, images, indices, strict=True)
+        # Never the position in the stream: it changes with the order and with the share that a process reads.
+        nothing = [None] * len(images)
+        candidates = [
+            beside.get("image_id") or nothing,
+            [image and image["path"] for image in images],
+            batch.get("__key__") or nothing,
         ]
+        image_ids = [next(filter(None, names), "") for names in zip(*candidates, strict=True)]
 
         def where(row: int) -> str:
-            return f"{self.where}, {image_ids[row]}"
+            return f"{self.where}, {image_ids[row] or 'a film without a name'}"
 
         for row, image in enumerate(images):
             if image is None or image["bytes"] is None:
                 raise ValueError(
                     f"{where(row)} holds no bytes of a film; expected the whole file in the shard, not its path."
                 )
+        if "" in image_ids:
+            raise ValueError(
+                f"{self.where} has a film without a name; expected a column image_id, or a path beside it."
+            )
         labels, kept = self._labels(beside, where)
-        patients = [None if is_missing(patient) else str(patient) for patient in beside[self.patient_column]]
+        patients = beside[self.patient_column] if self.patient_column else [None] * len(images)
+        patients = [None if is_missing(patient) else str(patient) for patient in patients]
         columns_of_row = {"image": images, "label": labels, "patient_id": patients, "image_id": image_ids}
         return {name: [values[row] for row in kept] for name, values in columns_of_row.items()}
 
     def _labels(self, beside: Mapping[str, list[Any]], where: Callable[[int], str]) -> tuple[list[Any], list[int]]:
         """The label of each row, and the rows that have one."""
-        cells = {
-            column: [as_text(cell, f"{where(row)}, {column}") for row, cell in enumerate(beside[column])]
-            for column in self.label_columns
-        }
+        cells = {}
+        for column in self.label_columns:
+            values = beside[column]
+            if names := self.class_names.get(column):  # the Hub writes -1 where a film has no label
+                values = [None if cell is None or cell < 0 else names[cell] for cell in values]
+            cells[column] = [as_text(cell, f"{where(row)}, {column}") for row, cell in enumerate(values)]
         if len(cells) == 1:
             ((column, values),) = cells.items()
             labels = class_labels(values, where, column, self.label_names, **self.policies)[1]
@@ -150,9 +164,13 @@ def _label_names(columns: list[str], names: list[str] | None, beside: Mapping[st
         return columns
     if names:
         return names
-    if isinstance(feature := beside[columns[0]], datasets.ClassLabel):
+    if _is_class_label(feature := beside[columns[0]]):
         return feature.names
     raise ValueError(f"{where} doesn't tell the classes of {columns[0]!r}; name them in label_names, index 0 first.")
+
+
+def _is_class_label(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel)
 
 
 def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]:
@@ -160,14 +178,12 @@ def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]
     folder = Path(source)
     if folder.is_dir():
         for kind, pattern in SHARDS.items():
-            if shards := sorted(folder.glob(pattern)) or sorted(folder.glob(f"data/{pattern}")):
-                files: dict[str, list[str]] = {}
-                for shard in shards:
-                    files.setdefault(re.split(r"[-_.]", shard.name)[0], []).append(str(shard))
-                states = [(str(shard.resolve()), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards]
+            if files := shards_by_split(folder, pattern):
+                status = {shard: Path(shard).stat() for shards in files.values() for shard in shards}
+                states = [(str(Path(shard).resolve()), it.st_size, it.st_mtime_ns) for shard, it in status.items()]
                 return datasets.load_dataset(kind, data_files=files, streaming=True), str(states)
         raise ValueError(f"{folder} holds no shards; expected {' or '.join(SHARDS.values())} named after their split.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         raise FileNotFoundError(f"There is no folder {source}.")
     try:
         revision = HfApi().dataset_info(source).sha

@@ -25,6 +25,9 @@ LOADERS: dict[str, Callable[..., datasets.DatasetDict]] = {
 }
 
 
+FOR_EVERY_LOADER = ("seed", "image_size")  # which are no options of the data, but of the run and of the model
+
+
 def load_films(format: str, *, seed: int, image_size: int, **options: Any) -> datasets.DatasetDict:
     """Train, validation and test of a source, with the columns of `labels.make_features`. No film is decoded.
 
@@ -50,7 +53,7 @@ def check_options(loader: Callable[..., Any], options: Mapping[str, Any], what: 
     Raises:
         ValueError: it names the option and those that there are.
     """
-    known = inspect.signature(loader).parameters
+    known = {name: it for name, it in inspect.signature(loader).parameters.items() if name not in FOR_EVERY_LOADER}
     if unknown := sorted(options.keys() - known.keys()):
         raise ValueError(f"data.{unknown[0]} means nothing to {what}; it takes {', '.join(known)}.")
     required = [name for name, option in known.items() if option.default is option.empty]

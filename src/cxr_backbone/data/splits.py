@@ -70,7 +70,8 @@ def complete_splits(
         stratify_by: `label`, or a column of strings.
 
     Raises:
-        ValueError: no train split, a split that is empty or unknown, a fold out of range, or as `folds_by_patient`.
+        ValueError: no train split, a split that is empty or unknown, a fold out of range or of a source that brings all
+            splits, or as `folds_by_patient`.
     """
     if "train" not in given or given.keys() - set(SPLITS):
         found = ", ".join(given) or "none"
@@ -81,6 +82,8 @@ def complete_splits(
     if not 0 <= fold < num_folds:
         raise ValueError(f"fold={fold} must be 0 or more and below num_folds={num_folds}.")
     splits = datasets.DatasetDict(given)
+    if fold and set(SPLITS) <= given.keys():
+        raise ValueError(f"fold={fold} means nothing: the source brings its validation and its test split.")
     if missing := [name for name in ("validation", "test") if name not in given]:
         if len(missing) == 2 and num_folds == 2:
             raise ValueError("num_folds=2 leaves nothing to train on: the source has no validation and no test split.")
@@ -99,7 +102,7 @@ def write_split(splits: datasets.DatasetDict, path: Path) -> None:
         lines = csv.writer(file)
         lines.writerow(SPLIT_FILE_COLUMNS)
         for name, films in splits.items():
-            for image_id, patient_id in zip(films["image_id"], films["patient_id"], strict=True):
+            for image_id, patient_id in zip(films["image_id"][:], films["patient_id"][:], strict=True):
                 lines.writerow([name, image_id, "" if patient_id is None else patient_id])
 
 
@@ -109,8 +112,8 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no split file, lists a film twice, or one that the data set lacks; or two films of the
-            data set share an image_id.
+        ValueError: the file is no split file, lists a film twice, one that the data set lacks, or none of a split; or
+            two films of the data set share an image_id.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no split file {path}.")
@@ -122,7 +125,7 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
         )
 
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:  # what is no text has no such columns
         lines = csv.DictReader(file)
         if lines.fieldnames != SPLIT_FILE_COLUMNS:
             raise ValueError(f"{path} is no split file: expected the columns {', '.join(SPLIT_FILE_COLUMNS)}.")
@@ -133,6 +136,8 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
             if line["image_id"] not in rows:
                 raise ValueError(f"{where} lists {line['image_id']}, which the data set lacks or lists before.")
             chosen[line["split"]].append(rows.pop(line["image_id"]))
+    if empty := [name for name, indices in chosen.items() if not indices]:
+        raise ValueError(f"{path} lists no film of the {empty[0]} split.")
     return datasets.DatasetDict({name: films.select(indices) for name, indices in chosen.items()})
 
 

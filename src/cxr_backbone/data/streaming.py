@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch.utils.data import DataLoader
 
 from cxr_backbone.data.decoding import CACHE_FORMAT, decode_film, leave_out_unreadable
 from cxr_backbone.data.facts import FILM_FEATURES
@@ -55,7 +56,7 @@ def decode_stream(
     Args:
         image_size, cache_dir, reduced, on_unreadable: as `decode_once`.
         divide: makes train, validation and test of the rows that the first pass wrote.
-        num_workers: processes that decode ahead of training; more than there are shards are of no use.
+        num_workers: processes that decode; more than there are shards are of no use.
 
     Returns:
         train (label, ids, `film`; no `pixels`), validation and test (the same and `pixels`); and the stream of train.
@@ -71,9 +72,9 @@ def decode_stream(
     for split, rows in stream.splits.items():
         columns = datasets.Features({**rows.features, "film": FILM_FEATURES, "error": datasets.Value("string")})
         del columns["image"]
-        looked_at = _write(rows.map(decode), columns, folder / f"facts-{split}")
+        looked_at = _write(rows.map(decode), columns, folder / f"facts-{split}", num_workers)
         facts[split] = leave_out_unreadable(looked_at, looked_at["image_id"][:].__getitem__, on_unreadable)
-    image_ids = [image_id for rows in facts.values() for image_id in rows["image_id"]]
+    image_ids = [image_id for rows in facts.values() for image_id in rows["image_id"][:]]
     if doubled := [image_id for image_id, count in Counter(image_ids).items() if count > 1]:
         raise ValueError(f"{doubled[0]} comes twice; expected a film to have a name of its own in all shards.")
     splits = divide(facts)
@@ -86,11 +87,10 @@ def decode_stream(
 
     for split in ("validation", "test"):
         columns = datasets.Features({**splits[split].features, "pixels": datasets.Value("binary")})
-        splits[split] = _write(members(split).map(decode), columns, folder / f"{split}-{_name_of(splits[split])}")
-    train = FilmStream(
-        members("train").map(decode), len(splits["train"]), f"{name}-{_name_of(splits['train'])}", num_workers
-    )
-    return splits, train
+        place = folder / f"{split}-{_name_of(splits[split])}"
+        splits[split] = _write(members(split).map(decode), columns, place, num_workers)
+    rows = members("train").map(decode).select_columns(["image_id", "label", "pixels"])  # not the file
+    return splits, FilmStream(rows, len(splits["train"]), f"{name}-{_name_of(splits['train'])}", num_workers)
 
 
 @dataclass(frozen=True)
@@ -109,12 +109,15 @@ def _decode_row(row: Mapping[str, Any], image_size: int, reduced: bool) -> dict[
         return {"pixels": None, "film": None, "error": str(error)}
 
 
-def _write(rows: datasets.IterableDataset, features: datasets.Features, folder: Path) -> datasets.Dataset:
+def _write(
+    rows: datasets.IterableDataset, features: datasets.Features, folder: Path, num_workers: int
+) -> datasets.Dataset:
     """Those columns of the rows, in an Arrow file in `folder`; a later call reads it back."""
 
     def generate() -> Iterator[dict[str, Any]]:
-        for row in rows:
-            yield {column: row[column] for column in features}
+        # A loader for its workers alone: no batches, and rows as they are.
+        chosen = rows.select_columns(list(features))
+        yield from DataLoader(chosen, batch_size=None, collate_fn=_as_it_is, num_workers=num_workers)
 
     fingerprint = hashlib.sha256(str(folder).encode()).hexdigest()
     try:
@@ -123,6 +126,10 @@ def _write(rows: datasets.IterableDataset, features: datasets.Features, folder: 
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None  # what is wrong with the row, and not that something is
+
+
+def _as_it_is(row: Any) -> Any:
+    return row
 
 
 def _name_of(rows: datasets.Dataset) -> str:

@@ -55,7 +55,7 @@ def load_table(
             -1 (uncertain) or blank (missing), as CheXpert and MIMIC-CXR publish them.
         image_column: paths relative to the table's folder, or to `images_dir`; in Parquet also bytes or
             `datasets.Image`.
-        patient_column: the column that tells patients apart, or None where nothing does.
+        patient_column: the column that tells patients apart; None or "" where nothing does, and all splits are given.
         patient_pattern: instead of a column, a regular expression that is searched in the image path; the patient
             is its first group, or all that it matches.
         split_column: train; validation, val, valid or dev; test; in any case.
@@ -77,7 +77,7 @@ def load_table(
     """
     if not label_columns:
         raise ValueError("label_columns is empty; expected one column of classes, or several of findings.")
-    patient_column = None if patient_pattern else patient_column
+    patient_column = None if patient_pattern else patient_column or None
     optional = [column for column in (patient_column, split_column) if column]
     asked = Counter([image_column, *label_columns, *optional])
     if twice := [column for column, count in asked.items() if count > 1]:

@@ -128,7 +128,7 @@ def _look_up(
 ) -> np.ndarray:
     if unknown := {cell for cell, value in values.items() if value is None}:
         row = next(row for row, cell in enumerate(cells) if cell in unknown)
-        raise ValueError(f"{where(row)} has {cells[row][:40]!r} in column {column}; expected {expected}.")
+        raise ValueError(f"{where(row)} has {_quoted(cells[row])} in column {column}; expected {expected}.")
     return np.array([values[cell] for cell in cells], dtype=np.float32)
 
 
@@ -137,3 +137,8 @@ def _number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
+
+
+def _quoted(cell: str) -> str:
+    """A cell, unless it may be a sentence or a name: a column that was named by mistake must not end up in a log."""
+    return repr(cell) if len(cell) <= 20 and " " not in cell else "a text"

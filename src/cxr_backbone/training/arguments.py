@@ -8,6 +8,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from cxr_backbone.data.sources import LOADERS
+
 
 @dataclass
 class RunArguments:
@@ -44,9 +46,7 @@ class RunArguments:
 class DataArguments:
     """Where the films come from. Fields that default to nothing are for some formats only; docs/data.md says which."""
 
-    format: str = field(
-        metadata={"help": "kermany, chestxray14, pneumoniamnist, table, imagefolder, or synthetic (drawn phantoms)"}
-    )
+    format: str = field(metadata={"help": ", ".join(LOADERS)})
     source: str | None = field(default=None, metadata={"help": "a folder, a file, or a Hub id; synthetic has none"})
     streaming: bool = field(default=False, metadata={"help": "train from shards without a decoded copy on disk"})
     num_workers: int = field(
@@ -64,7 +64,7 @@ class DataArguments:
     label_names: list[str] = field(
         default_factory=list, metadata={"help": "table, imagefolder: classes, index 0 first (sorted)"}
     )
-    patient_column: str | None = field(default=None, metadata={"help": "table: (patient_id)"})
+    patient_column: str | None = field(default=None, metadata={"help": "table: (patient_id); '' if there is none"})
     patient_pattern: str | None = field(
         default=None, metadata={"help": "table, imagefolder: regular expression that finds the patient in the path"}
     )
@@ -85,7 +85,7 @@ class DataArguments:
 
     def __post_init__(self):
         for name, choices in {
-            "format": ("kermany", "chestxray14", "pneumoniamnist", "table", "imagefolder", "synthetic"),
+            "format": tuple(LOADERS),
             "decoding": ("exact", "reduced"),
             "unreadable": ("fatal", "skip"),
         }.items():
@@ -99,6 +99,7 @@ class DataArguments:
             "a folder, a file or a Hub id (and nothing for data.format synthetic)",
         )
         _require(not self.streaming or self.format == "table", "data.format", self.format, "table, for data.streaming")
+        _require(self.fold is None or self.split_file is None, "data.fold", self.fold, "nothing beside data.split_file")
         _require_at_least(self, "data", num_workers=0)
 
 

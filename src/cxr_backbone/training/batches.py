@@ -1,11 +1,13 @@
 """From rows of decoded images to normalised batches on the device."""
 
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Protocol, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import DataLoaderStateMixin
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
@@ -16,6 +18,8 @@ from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import stack_labels
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 SHUFFLE_BUFFER = 1000  # decoded films of a stream held to draw from: 50 MB at 224 x 224
@@ -56,7 +60,12 @@ def run_through(
 
     Each process does its share, and all get the whole. Rows of a `Dataset` come back in its order; a stream that
     several processes read comes back one process's share after the other's.
+
+    Raises:
+        ValueError: there are too few films, or shards with any, for so many processes.
     """
+    if len(films) < accelerator.num_processes:
+        raise ValueError(f"{len(films)} films are too few for {accelerator.num_processes} processes; start fewer.")
     rows = films.rows if isinstance(films, FilmStream) else films
     share = split_dataset_by_node(
         rows.select_columns(["pixels", "label"]), accelerator.process_index, accelerator.num_processes
@@ -69,6 +78,8 @@ def run_through(
         with torch.no_grad(), accelerator.autocast():
             results.append(forward(pixel_values).float())
         labels.append(batch["label"].to(accelerator.device))
+    if not results:
+        raise ValueError("The shards that this process reads hold no film of this split; start fewer processes.")
     return _gather_shares(torch.cat(results), accelerator), _gather_shares(torch.cat(labels), accelerator)
 
 
@@ -85,13 +96,22 @@ def to_pixel_values(images: Tensor, image_processor: CXRInceptionImageProcessor)
     return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-class _StreamLoader:
+class _StreamLoader(DataLoaderStateMixin):
     """As many batches an epoch as the whole stream fills, the same number in every process.
 
     Shards need not be of one size, so a process may come to the end of its share before that; it starts again.
+    Accelerate is told where an epoch ends, as by its own loaders, so that gradients of two epochs are not added up.
     """
 
     def __init__(self, films: FilmStream, batch_size: int, accelerator: Accelerator, seed: int):
+        if films.rows.num_shards % accelerator.num_processes:
+            logger.warning(
+                "%d shards for %d processes: each decodes all films and leaves out those of the others. "
+                "Make the number of shards a multiple of the number of processes.",
+                films.rows.num_shards,
+                accelerator.num_processes,
+            )
+        self.gradient_state = accelerator.gradient_state
         share = split_dataset_by_node(films.rows, accelerator.process_index, accelerator.num_processes)
         self.rows = share.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).repeat(None)
         self.loader: DataLoader = DataLoader(
@@ -104,8 +124,13 @@ class _StreamLoader:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in islice(self.loader, self.steps):
+        self.begin()
+        for step, batch in enumerate(islice(self.loader, self.steps)):
+            self.end_of_dataloader = step == self.steps - 1
             yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+        self.end()
+        if not self.end_of_dataloader:
+            raise RuntimeError("The shards that this process reads hold no film of train; start fewer processes.")
 
     def set_epoch(self, epoch: int) -> None:
         self.rows.set_epoch(epoch)

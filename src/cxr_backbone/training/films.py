@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 
 from cxr_backbone.data.decoding import decode_once
-from cxr_backbone.data.labels import is_multi_label, label_counts
+from cxr_backbone.data.labels import is_multi_label, label_counts, labels_of
 from cxr_backbone.data.shards import Stream, open_stream
 from cxr_backbone.data.sources import check_options, load_films
 from cxr_backbone.data.splits import complete_splits, repeat_split
@@ -92,13 +93,16 @@ def decode_films(opened: DatasetDict | Stream, data: DataArguments, *, image_siz
 
 
 def check_classes(splits: DatasetDict, data: DataArguments) -> None:
-    """Every class must occur in every split, or it can't be learnt or measured. (Findings may be absent.)
+    """Every class must occur in every split, or it can't be learnt or measured. (A finding may be absent, but something
+    has to be known.)
 
     Raises:
         ValueError: it names split and class.
     """
     for split, rows in splits.items():
         if is_multi_label(rows.features):
+            if np.isnan(labels_of(rows)).all():
+                raise ValueError(f"data.label_columns: nothing is known of any film in the {split} split.")
             continue
         for name, count in label_counts(rows).items():
             if count == 0:

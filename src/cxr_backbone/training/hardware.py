@@ -1,6 +1,7 @@
 """What the machine is good at: which numbers it multiplies fast, and how many threads it has."""
 
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -39,4 +40,5 @@ def join_processes() -> PartialState:
 
     Without a GPU Accelerate joins processes only if it is told to use the CPU, and else each would train alone.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    # While the first process decodes a set for hours, the others wait for it; by default they give up after minutes.
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))

@@ -32,6 +32,9 @@ PACKAGES = (
     "kornia",
     "numpy",
     "pillow",
+    "imagehash",
+    "pydicom",
+    "pylibjpeg-libjpeg",
 )
 
 
@@ -95,11 +98,18 @@ class RunDirectory:
         path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # an extra
+        return None
+
+
 def _environment(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "device": torch.cuda.get_device_name()
         if accelerator.device.type == "cuda"
         else platform.processor() or platform.machine(),
