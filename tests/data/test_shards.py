@@ -95,6 +95,14 @@ def test_label_names_order_the_classes_by_their_names(tmp_path):
     assert of_table == expected
 
 
+@pytest.mark.parametrize("load", [load_table, lambda source, **options: open_stream(str(source), **options)])
+def test_shards_whose_classes_are_others_are_refused(tmp_path, load):
+    shards = write_parquet(tmp_path / "shards")
+    write_parquet(shards, split="test", label=datasets.ClassLabel(names=["COVID", *NAMES]))
+    with pytest.raises(ValueError, match=r"has the classes \[.*\] in label, and .* has \["):
+        load(shards, label_columns=["label"])
+
+
 def test_shards_without_patients_open_and_say_so(tmp_path):
     stream = open_stream(str(write_parquet(tmp_path / "shards")), label_columns=["label"], patient_column="")
     assert {row["patient_id"] for row in stream.splits["train"]} == {None}

@@ -111,3 +111,10 @@ def test_the_log_says_which_class_is_positive_and_how_many_films_are_left_out(ca
         log_classes("label", *class_labels(["sick", "well", "sick", ""], line, "label", None))
     assert "class 0 is sick (2 films); class 1 is well (1 films), the positive class." in caplog.text
     assert "Leaving out 1 films whose label label is uncertain or missing." in caplog.text
+
+
+def test_classes_called_by_numbers_are_looked_up_by_value_and_not_by_position():
+    names, labels = class_labels(["1.0", "0.0", "1"], str, "label", ["1", "0"])
+    assert names == ["1", "0"] and labels.tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="expected 1, 2"):
+        class_labels(["0", "1"], str, "label", ["1", "2"])

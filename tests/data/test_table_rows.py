@@ -54,6 +54,7 @@ def test_a_cell_that_is_no_text_and_no_number_is_refused(cell):
         ("t.csv", "", "has no rows"),
         ("t.csv", "image,label\n\xff\xfe,1\n".encode("latin-1"), "is damaged or not UTF-8 text"),
         ("t.csv.gz", "image,label\na.png,1\n", "is damaged or not UTF-8 text"),
+        ("t.csv", b'image,label\na.png,1\nb.png,"1\nc.png,1\n', "is not CSV"),
         ("t.csv.gz", gzip.compress(b"image,label\n" + b"a.png,1\n" * 99, mtime=0)[:-9], "is damaged or not UTF-8 text"),
         ("t.csv", "image,label\n" + "a" * 200_000 + ",1\n", "line 1 is not CSV: field larger than field limit"),
         ("t.jsonl", '{"image": "a.png", "label": 1}\n[1]\n', "line 2 is no JSON object"),

@@ -131,7 +131,7 @@ def _read_table(table: Path) -> dict[str, Entry]:
     with table.open(newline="", encoding="utf-8-sig") as file:
         # The header's `OriginalImage[Width,Height]` makes two columns, and the lines of 2017 end in a comma: rows are
         # not held to the header's length, only to the columns that are read.
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, strict=True)
         try:
             if lacking := [column for column in TABLE_COLUMNS if column not in (rows.fieldnames or [])]:
                 raise ValueError(f"{table} lacks the columns {', '.join(lacking)}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 
 IMAGE_SUFFIXES = {".bmp", ".dcm", ".dicom", ".jpeg", ".jpg", ".png", ".tif", ".tiff"}
 SPLIT_OF_NAME = {
@@ -127,10 +128,31 @@ def load_parquet(files: Mapping[str, Sequence[str]], source: Path) -> datasets.D
     Raises:
         ValueError: a damaged file, or shards that differ in their columns; it names `source`.
     """
+    check_same_classes(files)
     try:
         return datasets.load_dataset("parquet", data_files=dict(files))
     except (ValueError, OSError, NotImplementedError, datasets.exceptions.DatasetsError) as reason:  # also Arrow's own
         raise ValueError(f"{source} can't be read as Parquet: {reason}") from reason
+
+
+def check_same_classes(files: Mapping[str, Sequence[str]]) -> None:
+    """Refuse Parquet files whose ClassLabel columns name other classes: `datasets` would read the indices of all files
+    by the names of the first, and so give films the label of another class.
+
+    Raises:
+        ValueError: it names two files that differ. (A file that is no Parquet is left to whoever reads it.)
+    """
+    first: dict[str, tuple[str, list[str]]] = {}
+    for file in (file for shards in files.values() for file in shards):
+        try:
+            features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file))
+        except (OSError, ValueError):
+            continue
+        for column, feature in features.items():
+            if isinstance(feature, datasets.ClassLabel):
+                other, names = first.setdefault(column, (file, feature.names))
+                if feature.names != names:
+                    raise ValueError(f"{file} has the classes {feature.names} in {column}, and {other} has {names}.")
 
 
 def load_from_hub(source: str | Path) -> datasets.DatasetDict:

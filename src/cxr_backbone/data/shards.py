@@ -12,7 +12,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from cxr_backbone.data.files import IMAGE_SUFFIXES, is_hub_id, shards_by_split, split_of
+from cxr_backbone.data.files import IMAGE_SUFFIXES, check_same_classes, is_hub_id, shards_by_split, split_of
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import is_missing
 from cxr_backbone.data.table_labels import class_labels, finding_labels
@@ -179,6 +179,8 @@ def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]
     if folder.is_dir():
         for kind, pattern in SHARDS.items():
             if files := shards_by_split(folder, pattern):
+                if kind == "parquet":
+                    check_same_classes(files)
                 status = {shard: Path(shard).stat() for shards in files.values() for shard in shards}
                 states = [(str(Path(shard).resolve()), it.st_size, it.st_mtime_ns) for shard, it in status.items()]
                 return datasets.load_dataset(kind, data_files=files, streaming=True), str(states)

@@ -67,7 +67,11 @@ def class_labels(
     names = list(label_names or [])
     are_numbers = bool(found) and all(_number(cell) is not None for cell in found) and not set(found) <= set(names)
     indices: Mapping[str, float | None]
-    if are_numbers:
+    if are_numbers and names and all(_number(name) is not None for name in names):
+        index_of = {_number(name): float(index) for index, name in enumerate(names)}  # 1.0 is the class called 1
+        indices = {cell: index_of.get(_number(cell)) for cell in found}
+        expected = ", ".join(names)
+    elif are_numbers:
         indices = {cell: _number(cell) for cell in found}
         if not names:
             num_classes = len(set(indices.values()))

@@ -112,7 +112,7 @@ def _from_text(tables: list[Path], folder: Path, image_column: str, columns: Seq
 
 def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with _open_text(table) as file:
-        rows = csv.DictReader(file)
+        rows = csv.DictReader(file, strict=True)
         try:
             header = rows.fieldnames or []
             if twice := {name for name in header if name and header.count(name) > 1}:
