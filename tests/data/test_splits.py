@@ -189,6 +189,7 @@ def test_a_real_run_can_be_repeated(tmp_path):
     [
         (lambda text: text.replace("split,image_id", "side,film"), "is no split file"),
         (lambda text: text.replace("validation,", "dev,"), "has the split 'dev'"),
+        (lambda text: text.replace("3.png,p1", "3.png,p9", 1), "as a film of another patient"),
         (lambda text: text + "train,999.png,p1\n", r"line 82 lists 999\.png, which the data set lacks"),
         (lambda text: text.replace("test,", "train,"), "lists no film of the test split"),
         (lambda text: "\0\ufffd" + text, "is no split file"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cxr_backbone.data.table_rows import as_text, read_rows
+from cxr_backbone.data.table_rows import as_text, patient_text, read_rows
 
 
 def read(table, content):
@@ -110,6 +110,11 @@ def test_splits_that_are_unknown_or_the_same_are_refused(tmp_path):
             rows.to_parquet(tmp_path / first / f"{split}-00000.parquet")
         with pytest.raises(ValueError, match=message):
             read_rows(tmp_path / first, "image", ["label"])
+
+
+def test_a_patient_is_the_same_however_a_table_writes_the_number():
+    assert {patient_text(value, "line 2") for value in (7, 7.0, "7", "7.0", " 7 ")} == {"7"}
+    assert patient_text("007", "line 2") == "007" and patient_text(None, "line 2") == ""
 
 
 def test_a_column_that_holds_no_images_is_refused(tmp_path):

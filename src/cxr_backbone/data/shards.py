@@ -14,9 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from cxr_backbone.data.files import IMAGE_SUFFIXES, check_same_classes, is_hub_id, shards_by_split, split_of
 from cxr_backbone.data.labels import make_features
-from cxr_backbone.data.splits import is_missing
 from cxr_backbone.data.table_labels import class_labels, finding_labels
-from cxr_backbone.data.table_rows import as_text
+from cxr_backbone.data.table_rows import as_text, patient_text
 
 UNDECODED = datasets.Image(decode=False)
 ROWS_AT_ONCE = 16  # of a shard in memory; a film may take several MB
@@ -137,7 +136,7 @@ class _RowReader:
             )
         labels, kept = self._labels(beside, where)
         patients = beside[self.patient_column] if self.patient_column else [None] * len(images)
-        patients = [None if is_missing(patient) else str(patient) for patient in patients]
+        patients = [patient_text(patient, where(row)) or None for row, patient in enumerate(patients)]
         columns_of_row = {"image": images, "label": labels, "patient_id": patients, "image_id": image_ids}
         return {name: [values[row] for row in kept] for name, values in columns_of_row.items()}
 

@@ -124,6 +124,7 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
             f"image_id is not unique: {len(films)} films share {len(rows)}, so {path} can't tell them apart."
         )
 
+    patients = films["patient_id"][:]
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # what is no text has no such columns
         lines = csv.DictReader(file)
@@ -135,7 +136,10 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
                 raise ValueError(f"{where} has the split {line['split']!r}; expected {', '.join(SPLITS)}.")
             if line["image_id"] not in rows:
                 raise ValueError(f"{where} lists {line['image_id']}, which the data set lacks or lists before.")
-            chosen[line["split"]].append(rows.pop(line["image_id"]))
+            row = rows.pop(line["image_id"])
+            if line["patient_id"] != (patients[row] or ""):
+                raise ValueError(f"{where} lists {line['image_id']} as a film of another patient than the data set.")
+            chosen[line["split"]].append(row)
     if empty := [name for name, indices in chosen.items() if not indices]:
         raise ValueError(f"{path} lists no film of the {empty[0]} split.")
     return datasets.DatasetDict({name: films.select(indices) for name, indices in chosen.items()})

@@ -15,7 +15,7 @@ from cxr_backbone.data.files import listed_file, patients_by_pattern, split_of
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import SPLITS, complete_splits
 from cxr_backbone.data.table_labels import class_labels, finding_labels, log_classes
-from cxr_backbone.data.table_rows import Rows, read_rows
+from cxr_backbone.data.table_rows import Rows, patient_text, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +163,10 @@ def _patients(rows: Rows, column: str | None, pattern: str | None) -> list[str |
         return list(patients_by_pattern(rows.paths, pattern, rows.where))
     if column is None:
         return [None] * len(rows.paths)
-    patients = rows.columns[column]
+    patients: list[str | None] = [patient_text(cell, rows.where(row)) for row, cell in enumerate(rows.columns[column])]
     if "" in patients:
         raise ValueError(f"{rows.where(patients.index(''))} has no {column}, so patients can't be kept apart.")
-    return list(patients)
+    return patients
 
 
 def _check_unique(rows: Rows) -> None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -246,3 +247,8 @@ def as_text(value: Any, where: str) -> str:
         raise ValueError(f"{where} is a {type(value).__name__}; expected text or a number.")
     text = value.strip()
     return "" if text.lower() == "nan" else text
+
+
+def patient_text(value: Any, where: str) -> str:
+    """A patient id as text: 7 and 7.0, which tables make of it, are one patient, and 007 another. Blank if none."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", as_text(value, where))
