@@ -164,9 +164,10 @@ def prepare(argv):
             f"fine_tuning.batch_size={arguments.fine_tuning.batch_size} is more than the "
             f"{len(films.train)} images to train on."
         )
-    reports = [audit(films.splits, films.unreadable) if join_processes().is_main_process else None]
+    is_main_process = join_processes().is_main_process
+    reports = [audit(films.splits, films.unreadable) if is_main_process else None]
     (report,) = broadcast_object_list(reports)
-    if join_processes().is_main_process:
+    if is_main_process:
         print(summary(report))
     for kind, sentence in leaks(report).items():
         if kind not in arguments.data.allow_leaks:

@@ -71,7 +71,7 @@ def decode_once(
     """
     _check(dataset, image_size)
     undecoded = dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "cxr_backbone")
+    folder = cache_folder(cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(undecoded, image_size, reduced)
     is_cached = any(folder.glob(f"pixels-{fingerprint}*.arrow"))  # several processes write a file each
@@ -99,9 +99,15 @@ def decode_once(
     )
 
     def name_of(row: int) -> str:
-        return _film_name(undecoded[row]["image"], undecoded[row].get("image_id"), row)
+        columns = undecoded[row]
+        return _film_name(columns["image"], columns.get("image_id"), row)
 
     return leave_out_unreadable(decoded, name_of, on_unreadable)
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Where decoded films are kept: `cache_dir`, or `cxr_backbone` in the cache of `datasets`."""
+    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "cxr_backbone")
 
 
 def leave_out_unreadable(

@@ -72,10 +72,11 @@ def open_stream(
             raise ValueError(f"{where} has no column of films; it has {', '.join(columns)}.")
         if absent := [column for column in (*label_columns, patient_column) if column and column not in beside]:
             raise ValueError(f"{where} has no column {absent[0]!r}; it has {', '.join(beside)}.")
-        names = _label_names(label_columns, label_names, beside, where)
+        kinds = {column: beside[column] for column in label_columns}
+        class_names = {column: kind.names for column, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
+        names = _label_names(label_columns, label_names, class_names, where)
         features = make_features(names, multi_label=len(label_columns) > 1)
         policies = {"uncertain": uncertain, "missing": missing}
-        class_names = {column: beside[column].names for column in label_columns if _is_class_label(beside[column])}
         read = _RowReader(
             film, patient_column, label_columns, names, class_names, policies, beside is not columns, where
         )
@@ -158,18 +159,14 @@ class _RowReader:
         return [dict(zip(cells, film, strict=True)) for film in films], list(range(len(films)))
 
 
-def _label_names(columns: list[str], names: list[str] | None, beside: Mapping[str, Any], where: str) -> list[str]:
+def _label_names(
+    columns: list[str], given: list[str] | None, class_names: Mapping[str, list[str]], where: str
+) -> list[str]:
     if len(columns) > 1:
         return columns
-    if names:
+    if names := given or class_names.get(columns[0]):
         return names
-    if _is_class_label(feature := beside[columns[0]]):
-        return feature.names
     raise ValueError(f"{where} doesn't tell the classes of {columns[0]!r}; name them in label_names, index 0 first.")
-
-
-def _is_class_label(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel)
 
 
 def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]:

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from torch.utils.data import DataLoader
 
-from cxr_backbone.data.decoding import CACHE_FORMAT, decode_film, leave_out_unreadable
+from cxr_backbone.data.decoding import CACHE_FORMAT, cache_folder, decode_film, leave_out_unreadable
 from cxr_backbone.data.facts import FILM_FEATURES
 from cxr_backbone.data.shards import Stream
 
@@ -66,7 +66,7 @@ def decode_stream(
     """
     decode = partial(_decode_row, image_size=image_size, reduced=reduced)
     name = hashlib.sha256(f"{CACHE_FORMAT} {stream.fingerprint} {image_size} {reduced}".encode()).hexdigest()[:32]
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "cxr_backbone") / f"stream-{name}"
+    folder = cache_folder(cache_dir) / f"stream-{name}"
 
     facts = datasets.DatasetDict()
     for split, rows in stream.splits.items():
