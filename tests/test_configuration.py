@@ -36,6 +36,8 @@ def test_depth_multiplier_scales_the_widths_but_never_below_sixteen():
         ("class_weights", [1.0], "one positive number for each of the 2 labels"),
         ("class_weights", [1.0, -1.0], "one positive number for each of the 2 labels"),
         ("label_smoothing", 1.0, r"in \[0, 1\)"),
+        ("temperature", 0.0, "a number above 0"),
+        ("operating_points", {"LABEL_1": {"youden": {"threshold": 1.5}}}, r"a threshold in \[0, 1\]"),
         ("problem_type", "regression", "single_label_classification or multi_label_classification"),
         ("out_features", ["stage9"], "subset of stage_names"),
     ],
@@ -97,3 +99,40 @@ def test_a_saved_config_loads_as_it_was_and_names_every_auto_class(tmp_path):
     assert set(auto_map) == {
         *("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoBackbone", "AutoImageProcessor")
     }
+
+
+POINTS = {"sick": {"youden": {"threshold": 0.4, "sensitivity": 0.9, "specificity": 0.8, "films": 50}}}
+NAMES = {0: "healthy", 1: "sick"}
+
+
+def answer(score):
+    """What the pipeline gives for one image."""
+    scores = {"sick": score, "healthy": 1 - score}
+    return [{"label": label, "score": value} for label, value in sorted(scores.items(), key=lambda item: -item[1])]
+
+
+def test_a_score_is_decided_by_the_threshold_of_a_named_point():
+    config = CXRInceptionConfig(id2label=NAMES, operating_points=POINTS)
+    assert [config.decide(answer(score), "youden") for score in (0.39, 0.4, 0.9)] == [
+        {"sick": False},
+        {"sick": True},
+        {"sick": True},
+    ]
+
+
+def test_temperature_and_operating_points_survive_saving(tmp_path):
+    CXRInceptionConfig(id2label=NAMES, temperature=1.7, operating_points=POINTS).save_pretrained(tmp_path)
+    config = CXRInceptionConfig.from_pretrained(tmp_path)
+    assert (config.temperature, config.operating_points) == (1.7, POINTS)
+
+
+def test_a_decision_that_can_not_be_made_is_refused_with_what_there_is():
+    config = CXRInceptionConfig(id2label=NAMES, operating_points=POINTS)
+    with pytest.raises(ValueError, match="no operating point 'best'; it has youden"):
+        config.decide(answer(0.5), "best")
+    with pytest.raises(ValueError, match="none at all"):
+        CXRInceptionConfig().decide(answer(0.5), "youden")
+    with pytest.raises(ValueError, match="no score of sick; call the pipeline with top_k=None"):
+        config.decide(answer(0.2)[:1], "youden")
+    with pytest.raises(ValueError, match="several images"):
+        config.decide([answer(0.2), answer(0.3)], "youden")

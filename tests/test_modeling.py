@@ -336,3 +336,13 @@ def test_loading_to_bfloat16_casts_the_weights(tmp_path):
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.dtype == torch.bfloat16
     assert loaded(images()).logits.isfinite().all()
+
+
+def test_another_head_has_no_temperature_and_no_operating_points(tmp_path):
+    points = {"sick": {"youden": {"threshold": 0.4}}}
+    settings = {"temperature": 1.7, "operating_points": points}
+    tiny_classifier(id2label={0: "healthy", 1: "sick"}, **settings).save_pretrained(tmp_path)
+    same = CXRInceptionForImageClassification.from_pretrained(tmp_path)
+    assert (same.config.temperature, same.config.operating_points) == (1.7, points)
+    other = CXRInceptionForImageClassification.from_pretrained(tmp_path, id2label={0: "normal", 1: "effusion"})
+    assert (other.config.temperature, other.config.operating_points) == (None, None)

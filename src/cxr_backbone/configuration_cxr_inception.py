@@ -46,6 +46,11 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
         class_weights (`list[float]`, *optional*): one positive weight a label. Single-label: weight of the class in the
             cross entropy. Multi-label: weight of the positive examples of the finding.
         label_smoothing (`float`): in [0, 1).
+        temperature (`float` or `list[float]`, *optional*): what the logits were divided by after training, so that
+            scores are calibrated: one number, or one a finding. The head does it already; this is its record.
+        operating_points (`dict`, *optional*): thresholds that were chosen on the validation split, for `decide`:
+            `{label: {name: {"threshold": ..., "sensitivity": ..., "specificity": ..., "films": ...}}}`; the last three
+            are the validation figures that chose it. A model with a head for other labels drops both.
         out_features / out_indices: stages that `CXRInceptionBackbone` returns, out of `stage_names`.
 
     The five stages and their (channels, stride) at full width: stem (64, 2), stage1 (192, 4), stage2 (288, 8),
@@ -71,6 +76,8 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
     auxiliary_loss_weight: float | int = 0.4
     class_weights: list[float] | None = None
     label_smoothing: float | int = 0.0
+    temperature: float | int | list[float] | None = None
+    operating_points: dict | None = None
 
     def __post_init__(self, **kwargs):
         self.stage_names = ["stem", "stage1", "stage2", "stage3", "stage4"]
@@ -85,6 +92,40 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:  # transformers does not derive one from the other
             self.label2id = {str(label): int(index) for index, label in self.id2label.items()}
+
+    def decide(self, outputs: list[dict], operating_point: str) -> dict[str, bool]:
+        """What the pipeline's answer for one image means at an operating point: is it there, label by label?
+
+            answer = classify("chest.png", top_k=None)
+            classify.model.config.decide(answer, "sensitivity>=0.95")  # {"PNEUMONIA": True}
+
+        Args:
+            outputs: what the image-classification pipeline returns for one image, with `top_k=None`.
+            operating_point: a name in `operating_points`.
+
+        Returns:
+            For each label that has this point, whether its score reaches the threshold.
+
+        Raises:
+            ValueError: no label has such a point, or `outputs` lacks the score of one that has.
+        """
+        points = self.operating_points or {}
+        thresholds = {
+            label: its[operating_point]["threshold"] for label, its in points.items() if operating_point in its
+        }
+        if not thresholds:
+            names = sorted({name for its in points.values() for name in its})
+            raise ValueError(
+                f"This model has no operating point {operating_point!r}; it has {', '.join(names) or 'none at all'}."
+            )
+        if not all(isinstance(output, dict) for output in outputs):
+            raise ValueError("outputs holds the answers for several images; give the answer for one.")
+        scores = {output["label"]: output["score"] for output in outputs}
+        if absent := sorted(thresholds.keys() - scores.keys()):
+            raise ValueError(
+                f"outputs has no score of {absent[0]}; call the pipeline with top_k=None to get all labels."
+            )
+        return {label: scores[label] >= threshold for label, threshold in thresholds.items()}
 
     @property
     def hidden_sizes(self) -> list[int]:
@@ -153,6 +194,16 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_label_smoothing(self):
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
+
+    def validate_temperature(self):
+        given = self.temperature if isinstance(self.temperature, list) else [self.temperature]
+        allowed = self.temperature is None or all(math.isfinite(value) and value > 0 for value in given)
+        _require(allowed, "temperature", self.temperature, "a number above 0, or one for each finding")
+
+    def validate_operating_points(self):
+        points = [point for label in (self.operating_points or {}).values() for point in label.values()]
+        allowed = all(0 <= point.get("threshold", -1) <= 1 for point in points)
+        _require(allowed, "operating_points", self.operating_points, "a threshold in [0, 1] for each")
 
     def validate_problem_type(self):
         allowed = self.problem_type is None or self.problem_type in PROBLEM_TYPES

@@ -25,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_cxr_inception import SMALLEST_IMAGE, STAGES, AvgPool, Block, Conv, CXRInceptionConfig
 
-# Not used here. `save_pretrained` copies the files that this one imports, and the Hub needs all three.
+# Not used here, but `save_pretrained` copies the files that this one imports, and the Hub needs all three.
 from .image_processing_cxr_inception import CXRInceptionImageProcessor  # noqa: F401
 
 
@@ -246,6 +246,8 @@ class CXRInceptionForImageClassification(CXRInceptionPreTrainedModel):
 
     def __init__(self, config: CXRInceptionConfig):
         super().__init__(config)
+        if not set(config.operating_points or {}) <= set(config.id2label.values()):  # they were another head's
+            config.temperature = config.operating_points = None
         self.cxr_inception = CXRInceptionModel(config)
         self.classifier = CXRInceptionHead(config, config.hidden_sizes[-1])
         if config.use_auxiliary_head:
@@ -281,10 +283,9 @@ class CXRInceptionForImageClassification(CXRInceptionPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.compute_loss(logits, labels)
-            if use_auxiliary_head:
-                auxiliary_logits = self.auxiliary_classifier(outputs.hidden_states[-2])
-                loss = loss + self.config.auxiliary_loss_weight * self.compute_loss(auxiliary_logits, labels)
-
+        if use_auxiliary_head:
+            auxiliary_loss = self.compute_loss(self.auxiliary_classifier(outputs.hidden_states[-2]), labels)
+            loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
         hidden_states = outputs.hidden_states if output_hidden_states else None
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=hidden_states)
 
