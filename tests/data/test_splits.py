@@ -6,8 +6,15 @@ import datasets
 import numpy as np
 import pytest
 
-from cxr_backbone.data.labels import make_features
-from cxr_backbone.data.splits import complete_splits, folds_by_patient, repeat_split, write_split
+from cxr_backbone.data.labels import label_counts, labels_of, make_features
+from cxr_backbone.data.splits import (
+    all_films,
+    complete_splits,
+    folds_by_patient,
+    permute_labels,
+    repeat_split,
+    write_split,
+)
 from cxr_backbone.data.synthetic import load_synthetic
 
 PATIENTS = [f"p{film // 3}" for film in range(120)]  # 40 patients with three films each
@@ -205,5 +212,72 @@ def test_a_faulty_split_file_is_refused_by_line(split_file, change, message):
 def test_a_missing_split_file_and_doubled_ids_are_refused(split_file, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no split file .*gone\.csv"):
         repeat_split(datasets.DatasetDict(train=films(0, 80)), tmp_path / "gone.csv")
-    with pytest.raises(ValueError, match="image_id is not unique: 81 films share 80"):
-        repeat_split(datasets.DatasetDict(train=films(0, 80), test=films(3, 4)), split_file)
+    doubled = datasets.concatenate_datasets([films(0, 80), films(3, 4)])
+    with pytest.raises(ValueError, match="image_id is not unique: 81 films of the train split share 80"):
+        repeat_split(datasets.DatasetDict(train=doubled), split_file)
+
+
+def test_a_film_that_stands_in_two_splits_is_repeated_in_both(tmp_path):
+    given = datasets.DatasetDict(train=films(0, 40), validation=films(40, 60), test=films(40, 60))
+    write_split(given, tmp_path / "split.csv")
+    assert image_ids(repeat_split(given, tmp_path / "split.csv")) == image_ids(given)
+    with pytest.raises(ValueError, match=r"line 62 lists 40\.png, which the data set lacks or lists before"):
+        repeat_split(datasets.DatasetDict(train=films(0, 80)), tmp_path / "split.csv")
+
+
+# Noise for labels
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_labels_are_permuted_within_train_and_validation_and_nothing_else_moves(multi_label):
+    def without_labels(split):
+        return split.remove_columns("label")[:]
+
+    given = complete_splits(datasets.DatasetDict(train=films(0, 200, multi_label)), num_folds=4)
+    permuted = permute_labels(given, seed=0)
+    assert list(permuted) == list(given)
+    for name in given:
+        assert permuted[name].features == given[name].features
+        assert permuted[name].column_names == given[name].column_names
+        assert without_labels(permuted[name]) == without_labels(given[name])
+        old, new = labels_of(given[name]), labels_of(permuted[name])
+        assert sorted(old.tolist()) == sorted(new.tolist())  # findings as a whole
+        assert label_counts(permuted[name]) == label_counts(given[name])
+        assert (old.tolist() == new.tolist()) == (name == "test")
+
+
+def test_permuted_labels_agree_with_the_true_ones_as_chance_would():
+    given = datasets.DatasetDict(train=films(0, 3000), validation=films(0, 20), test=films(0, 20))
+    old, new = (labels_of(splits["train"]) for splits in (given, permute_labels(given, seed=0)))
+    assert np.corrcoef(old, new)[0, 1] == pytest.approx(0, abs=0.06)  # three standard errors
+
+
+def test_the_seed_decides_the_noise():
+    given = datasets.DatasetDict(train=films(0, 40), validation=films(40, 60), test=films(60, 80))
+    first, again, other = (labels_of(permute_labels(given, seed=seed)["train"]).tolist() for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_unknown_findings_stay_unknown_when_labels_are_permuted():
+    rows = films(0, 40, multi_label=True)[:]
+    for label in rows["label"][::2]:
+        label["rare"] = float("nan")
+    split = datasets.Dataset.from_dict(rows, features=make_features(["rare", "common"], multi_label=True))
+    permuted = permute_labels(datasets.DatasetDict(train=split, validation=split, test=split), seed=0)
+    assert np.isnan(labels_of(permuted["train"])).sum(axis=0).tolist() == [20, 0]
+
+
+# All of it
+
+
+def test_all_films_are_those_of_every_split():
+    given = datasets.DatasetDict(train=films(0, 80))
+    everything = all_films(complete_splits(given))
+    assert sorted(everything["image_id"]) == sorted(given["train"]["image_id"])
+
+
+def test_films_may_be_carved_by_image_which_parts_the_films_of_a_patient():
+    splits = complete_splits(datasets.DatasetDict(train=films(0, 120)), num_folds=4, group_by="image_id")
+    sides = patients(splits)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 60, "validation": 30, "test": 30}
+    assert sides["train"] & sides["test"] and sides["train"] & sides["validation"]

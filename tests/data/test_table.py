@@ -4,15 +4,21 @@ import csv
 import io
 import json
 import logging
+from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
-from cxr_backbone.data.labels import labels_of, make_features
+from cxr_backbone.data.decoding import decode_once
+from cxr_backbone.data.labels import label_counts, labels_of, make_features
+from cxr_backbone.data.sources import load_films
+from cxr_backbone.data.subgroups import subgroups_of
 from cxr_backbone.data.table import load_table
 
 FINDINGS = ["Edema", "Pleural Effusion"]
@@ -146,6 +152,85 @@ def test_real_tables_load(shared):
     assert sum(len(split) for split in nih.values()) == 507
     assert sum(sum(split["label"]) for split in nih.values()) == 251
     assert nih["validation"][0]["image"].size == (320, 320)
+
+
+def test_columns_are_carried_over_for_subgroups_as_numbers_or_text(write, films):
+    for film, row in enumerate(films):
+        row |= {"age": None if film == 3 else film, "view": ["PA", "AP", ""][film % 3], "scanner": f"0{film % 2}b"}
+    columns = ["age", "view", "scanner"]
+    for name in ("table.csv", "table.jsonl", "table.parquet"):
+        splits = load_table(write(name), label_columns=["label"], subgroup_columns=columns)
+        kinds = {column: splits["test"].features[column].dtype for column in columns}
+        assert kinds == {"age": "float64", "view": "string", "scanner": "string"}
+        for row in all_films(splits):
+            film = int(row["image_id"].split("_")[1].removesuffix(".png"))
+            assert row["age"] == (None if film == 3 else film)
+            assert (row["view"], row["scanner"]) == (["PA", "AP", None][film % 3], f"0{film % 2}b")
+        decoded = decode_once(splits["train"], 8)
+        assert [decoded[column][:] for column in columns] == [splits["train"][column][:] for column in columns]
+
+
+VALUES = ["Normal=NORMAL", "Lung Opacity=PNEUMONIA", "Effusion=PNEUMONIA"]
+
+
+@pytest.fixture
+def readings(write, films):
+    """Films of four readings, one of them blank, and one film of a fifth."""
+    for film, row in enumerate(films):
+        row["reading"] = ["Normal", "Lung Opacity", "", "Not Normal"][film % 4] if film < 39 else "Effusion"
+    return write()
+
+
+def test_values_that_name_a_class_are_taken_and_films_with_others_left_out(readings, caplog):
+    with caplog.at_level(logging.INFO):
+        splits = load_table(readings, label_columns=["reading"], label_values=VALUES, num_folds=4)
+    everything = all_films(splits)
+    assert everything.features == make_features(["NORMAL", "PNEUMONIA"])
+    labels = dict(zip(everything["image_id"], everything["label"], strict=True))
+    kept = {**{film: film % 4 for film in range(39) if film % 4 < 2}, 39: 1}
+    assert labels == {f"images/p{film // 2}_{film}.png": label for film, label in kept.items()}
+    assert "class 0 is NORMAL (10 films); class 1 is PNEUMONIA (11 films), the positive class" in caplog.text
+    assert "Leaving out 19 films whose label reading is none of these (10 of them blank)" in caplog.text
+    assert "Not Normal" not in caplog.text
+
+
+def test_the_external_set_is_the_films_that_radiologists_read(shared):
+    config = Path(__file__).parents[2] / "recipes/configs/nih_opacity.yaml"
+    settings = yaml.safe_load(config.read_text())["data"] | {"source": shared / "data/nih-subset/labels.csv"}
+    everything = all_films(load_films(**settings, seed=0, image_size=32))
+    assert len(everything) == 108 and label_counts(everything) == {"NORMAL": 37, "PNEUMONIA": 71}
+    subgroups = {column: Counter(values) for column, values in subgroups_of(everything).items()}
+    assert subgroups["sex"] == {"M": 57, "F": 51} and subgroups["view"] == {"AP": 60, "PA": 48}
+    assert subgroups["age"] == {"under 18": 7, "18 to 39": 30, "40 to 64": 57, "65 and over": 14}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_names": ["NORMAL", "PNEUMONIA"]}, "label_values goes with one label column, and without label_names"),
+        (
+            {"missing": "zeros"},
+            "label_values goes with one label column, .* without label_names, uncertain and missing",
+        ),
+        ({"label_columns": FINDINGS}, "label_values goes with one label column"),
+        ({"label_values": [*VALUES, "Normal=HEALTHY"]}, "label_values has the value 'Normal' twice"),
+        (
+            {"label_values": [*VALUES, "Mass=OTHER"]},
+            "label_values has the value 'Mass', which no film has in column read",
+        ),
+        ({"label_values": ["Normal", "Effusion=ILL"]}, r"label_values has 'Normal'; expected value=CLASS, such as"),
+        ({"label_values": ["=NORMAL", "Effusion=ILL"]}, r"label_values has '=NORMAL'; expected value=CLASS"),
+        ({"label_values": ["Normal=", "Effusion=ILL"]}, r"label_values has 'Normal='; expected value=CLASS"),
+        ({"label_values": ["Normal=A", "Effusion=A"]}, r"has the classes \['A'\]; expected two or more"),
+        ({"subgroup_columns": ["split", "split"]}, "column split is asked for twice"),
+        ({"subgroup_columns": ["reading"]}, "column reading is asked for twice"),
+        ({"subgroup_columns": ["sex"]}, r"table\.csv lacks the columns sex"),
+        ({"subgroup_columns": ["label"]}, "subgroup_columns has 'label', a name that films have for themselves"),
+    ],
+)
+def test_label_values_and_subgroups_that_make_no_sense_are_refused(readings, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load_table(readings, **{"label_columns": ["reading"], "label_values": VALUES, **settings})
 
 
 def test_the_log_says_which_class_is_positive(write, caplog):

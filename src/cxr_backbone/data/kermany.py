@@ -14,14 +14,14 @@ import datasets
 
 from cxr_backbone.data.files import IMAGE_SUFFIXES, listed_file, load_from_hub, load_shards, visible
 from cxr_backbone.data.labels import make_features
-from cxr_backbone.data.splits import complete_splits, is_missing
+from cxr_backbone.data.protocols import OFFICIAL_VALIDATION, divide
+from cxr_backbone.data.splits import is_missing
 
 logger = logging.getLogger(__name__)
 
 LABELS = ["NORMAL", "PNEUMONIA"]
 LABEL_OF_SUBTYPE = {"normal": "NORMAL", "bacteria": "PNEUMONIA", "virus": "PNEUMONIA"}
 CSV_COLUMNS = ["path", "label", "split", "patient_id", "subtype"]
-OFFICIAL_VALIDATION = {"val", "validation"}
 LAYOUTS = "labels.csv; train/ and test/ with NORMAL/ and PNEUMONIA/; chest_xray/ around those; Parquet shards"
 
 FEATURES = datasets.Features({**make_features(LABELS), "subtype": datasets.Value("string")})
@@ -34,11 +34,14 @@ FILE_NAMES = [
 ]
 
 
-def load_kermany(source: str | Path, *, num_folds: int = 10, fold: int = 0, seed: int = 0) -> datasets.DatasetDict:
+def load_kermany(
+    source: str | Path, *, protocol: str = "official", num_folds: int = 10, fold: int = 0, seed: int = 0
+) -> datasets.DatasetDict:
     """Load the Kermany set, split by patient. No image is decoded here.
 
     The official validation split (16 films) is too small to choose anything by, so it is left out, and
     validation is carved from train by patient, stratified by subtype. The official test split stays as it is.
+    (That is the protocol `official`; the others are those of published work, for comparison.)
     Be aware that 170 of Kaggle's `personN` numbers stand in both official train and test, never with one
     subtype; whether they are the same child is not known.
 
@@ -50,7 +53,7 @@ def load_kermany(source: str | Path, *, num_folds: int = 10, fold: int = 0, seed
             a folder of Parquet shards (`train-*.parquet`, `test-*.parquet`, in it or in its `data/`), or a
             Hub id such as `hf-vision/chest-xray-pneumonia`; the file name kept with each image then tells the
             patient.
-        num_folds, fold, seed: which part of train becomes validation, see `complete_splits`.
+        protocol, num_folds, fold, seed: how the films are divided, see `protocols.divide`.
 
     Returns:
         Splits train, validation and test with the columns of `labels.make_features` (NORMAL 0, PNEUMONIA 1) and
@@ -59,19 +62,14 @@ def load_kermany(source: str | Path, *, num_folds: int = 10, fold: int = 0, seed
     Raises:
         FileNotFoundError: no such folder or Hub data set, or a file that labels.csv lists is missing.
         ValueError: no known layout, an empty class folder, an unknown or contradictory label, a missing CSV
-            column, or a file name that doesn't tell the patient.
+            column, a file name that doesn't tell the patient, or as `protocols.divide`.
     """
     official = _load_official(source)
-    for name in sorted(OFFICIAL_VALIDATION & official.keys()):
-        num_films = len(official.pop(name))
-        logger.info("Leaving out the official validation split of %d films: too few to choose by.", num_films)
     for name in ("train", "test"):
         if name not in official:
             raise ValueError(f"{source} has no {name} split; it has {', '.join(official) or 'none'}.")
 
-    splits = complete_splits(
-        datasets.DatasetDict(official), num_folds=num_folds, fold=fold, seed=seed, stratify_by="subtype"
-    )
+    splits = divide(datasets.DatasetDict(official), protocol, num_folds=num_folds, fold=fold, seed=seed)
     for name, split in splits.items():
         logger.info("%s: %d films, %s", name, len(split), dict(sorted(Counter(split["subtype"]).items())))
     return splits

@@ -57,7 +57,13 @@ def folds_by_patient(patient_ids: Sequence[Any], strata: Sequence[Any], num_fold
 
 
 def complete_splits(
-    given: datasets.DatasetDict, *, num_folds: int = 10, fold: int = 0, seed: int = 0, stratify_by: str = "label"
+    given: datasets.DatasetDict,
+    *,
+    num_folds: int = 10,
+    fold: int = 0,
+    seed: int = 0,
+    stratify_by: str = "label",
+    group_by: str = "patient_id",
 ) -> datasets.DatasetDict:
     """Train, validation and test, by patient; what the source does not bring is carved from its train split.
 
@@ -68,6 +74,8 @@ def complete_splits(
     Args:
         given: has train; may have validation and test, which stay as they are.
         stratify_by: `label`, or a column of strings.
+        group_by: the column whose films stay together. (By `image_id` a patient's films end up on several sides, which
+            is for comparison with work that splits so, and for nothing else.)
 
     Raises:
         ValueError: no train split, a split that is empty or unknown, a fold out of range or of a source that brings all
@@ -89,7 +97,7 @@ def complete_splits(
             raise ValueError("num_folds=2 leaves nothing to train on: the source has no validation and no test split.")
         train = given["train"]
         strata = strata_of(train) if stratify_by == "label" else train[stratify_by][:]
-        folds = folds_by_patient(train["patient_id"][:], strata, num_folds, seed)
+        folds = folds_by_patient(train[group_by][:], strata, num_folds, seed)
         held_out = {name: (fold + offset) % num_folds for offset, name in enumerate(missing)}
         splits["train"] = train.select(np.flatnonzero(~np.isin(folds, list(held_out.values()))))
         splits |= {name: train.select(np.flatnonzero(folds == number)) for name, number in held_out.items()}
@@ -112,17 +120,21 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no split file, lists a film twice, one that the data set lacks, or none of a split; or
-            two films of the data set share an image_id.
+        ValueError: the file is no split file, lists a film more often than the data set has it, or none of a split; or
+            two films of one split share an image_id. (In two splits it is one film that stands in both.)
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no split file {path}.")
-    films = datasets.concatenate_datasets(list(splits.values()))
-    rows = {image_id: row for row, image_id in enumerate(films["image_id"][:])}
-    if len(rows) < len(films):
-        raise ValueError(
-            f"image_id is not unique: {len(films)} films share {len(rows)}, so {path} can't tell them apart."
-        )
+    for name, split in splits.items():
+        if (distinct := len(set(split["image_id"]))) < len(split):
+            raise ValueError(
+                f"image_id is not unique: {len(split)} films of the {name} split share {distinct}, so {path} can't "
+                "tell them apart."
+            )
+    films = all_films(splits)
+    rows: dict[str, list[int]] = {}
+    for row, image_id in enumerate(films["image_id"][:]):
+        rows.setdefault(image_id, []).append(row)
 
     patients = films["patient_id"][:]
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
@@ -134,15 +146,40 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
             where = f"{path}, line {lines.line_num}"
             if line["split"] not in chosen:
                 raise ValueError(f"{where} has the split {line['split']!r}; expected {', '.join(SPLITS)}.")
-            if line["image_id"] not in rows:
+            if not rows.get(line["image_id"]):
                 raise ValueError(f"{where} lists {line['image_id']}, which the data set lacks or lists before.")
-            row = rows.pop(line["image_id"])
+            row = rows[line["image_id"]].pop(0)
             if line["patient_id"] != (patients[row] or ""):
                 raise ValueError(f"{where} lists {line['image_id']} as a film of another patient than the data set.")
             chosen[line["split"]].append(row)
     if empty := [name for name, indices in chosen.items() if not indices]:
         raise ValueError(f"{path} lists no film of the {empty[0]} split.")
     return datasets.DatasetDict({name: films.select(indices) for name, indices in chosen.items()})
+
+
+def all_films(splits: datasets.DatasetDict) -> datasets.Dataset:
+    """Every film, whatever its split: of an external set, a model has seen none of them."""
+    return datasets.concatenate_datasets(list(splits.values()))
+
+
+def permute_labels(splits: datasets.DatasetDict, seed: int) -> datasets.DatasetDict:
+    """The same films with noise for labels: those of train are shuffled among the films of train, and those of
+    validation among its own; test keeps its labels. Class counts stay, and so do combinations of findings.
+
+    For a control run. No model can know the labels of validation then, so one that scores well there has been told,
+    and how well it fits train is how well it learns by heart (Zhang et al., ICLR 2017).
+
+    Args:
+        seed: the same seed and films give the same labels.
+    """
+    noise = np.random.default_rng(seed)
+    permuted = datasets.DatasetDict(splits)
+    for name in ("train", "validation"):
+        films = splits[name]
+        labels = films.select_columns("label").select(noise.permutation(len(films)))
+        columns = [films.remove_columns("label"), labels]
+        permuted[name] = datasets.concatenate_datasets(columns, axis=1).select_columns(films.column_names)
+    return permuted
 
 
 def is_missing(patient_id: Any) -> bool:

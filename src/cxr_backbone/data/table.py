@@ -14,7 +14,8 @@ import numpy as np
 from cxr_backbone.data.files import listed_file, patients_by_pattern, split_of
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import SPLITS, complete_splits
-from cxr_backbone.data.table_labels import class_labels, finding_labels, log_classes
+from cxr_backbone.data.subgroups import OF_EVERY_FILM, subgroup_column
+from cxr_backbone.data.table_labels import class_labels, finding_labels, labels_by_value, log_classes
 from cxr_backbone.data.table_rows import Rows, patient_text, read_rows
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ def load_table(
     patient_pattern: str | None = None,
     split_column: str | None = None,
     label_names: Sequence[str] | None = None,
+    label_values: Sequence[str] | None = None,
+    subgroup_columns: Sequence[str] = (),
     images_dir: str | Path | None = None,
     uncertain: str = "ignore",
     missing: str = "ignore",
@@ -61,36 +64,51 @@ def load_table(
         split_column: train; validation, val, valid or dev; test; in any case.
         label_names: the classes, index 0 first; the last of two is the positive one. By default those of the table,
             sorted, which the log says.
+        label_values: instead of `label_names`, what the values of one label column mean: `value=CLASS` for each that
+            counts, in the order of the classes, such as "Normal=NORMAL", "Lung Opacity=PNEUMONIA". Several values may
+            mean one class. Films with any other value, or none, are left out, which the log says.
+        subgroup_columns: columns that are carried over, as numbers if all of their cells are, to report on subgroups
+            (see `subgroups.subgroups_of`).
         images_dir: the folder that image paths are relative to. None may lead out of it.
         uncertain, missing: `ignore` (a finding becomes NaN; with one label column the film is left out), `zeros` or
             `ones` (of findings, or of two classes).
         num_folds, fold, seed: see `complete_splits`.
 
     Returns:
-        Splits train, validation and test with the columns of `make_features`. `image_id` is the path as the table
-        writes it; of an embedded image its name, or its row where names are missing or repeated, after its split.
+        Splits train, validation and test with the columns of `make_features` and the subgroup columns. `image_id` is
+        the path as the table writes it; of an embedded image its name, or its row where names are missing or repeated,
+        after its split.
 
     Raises:
         FileNotFoundError: no such source, or an image that the table lists is missing.
-        ValueError: a damaged table, a missing column, an unknown label, split or policy, a film listed twice, an
-            image path that leads out of its folder, a missing patient, or as `complete_splits`.
+        ValueError: a damaged table, a missing column, an unknown label, split or policy, a label value that is
+            malformed, listed twice or nowhere in the table, a film listed twice, an image path that leads out of its
+            folder, a missing patient, or as `complete_splits`.
     """
     if not label_columns:
         raise ValueError("label_columns is empty; expected one column of classes, or several of findings.")
     patient_column = None if patient_pattern else patient_column or None
-    optional = [column for column in (patient_column, split_column) if column]
-    asked = Counter([image_column, *label_columns, *optional])
+    beside = [*(column for column in (patient_column, split_column) if column), *subgroup_columns]
+    asked = Counter([image_column, *label_columns, *beside])
     if twice := [column for column, count in asked.items() if count > 1]:
         raise ValueError(f"The column {twice[0]} is asked for twice; expected one meaning a column.")
-    rows = read_rows(source, image_column, [*label_columns, *optional])
+    if taken := [column for column in subgroup_columns if column in OF_EVERY_FILM]:
+        raise ValueError(
+            f"subgroup_columns has {taken[0]!r}, a name that films have for themselves; rename the column."
+        )
+    rows = read_rows(source, image_column, [*label_columns, *beside])
     if split_column and rows.splits:
         raise ValueError(f"{source} comes in splits; expected split_column=None, not {split_column!r}.")
 
-    names, labels, kept = _labels(rows, label_columns, label_names, uncertain, missing)
+    if label_values and (label_names or len(label_columns) > 1 or {uncertain, missing} != {"ignore"}):
+        raise ValueError("label_values goes with one label column, and without label_names, uncertain and missing.")
+    names, labels, kept = _labels(rows, label_columns, label_names, label_values, uncertain, missing)
     _check_unique(rows)
     patients = _patients(rows, patient_column, patient_pattern)
     columns = {"label": labels, "patient_id": patients, "image_id": rows.image_ids}
     features = make_features(names, multi_label=len(label_columns) > 1)
+    for column in subgroup_columns:
+        features[column], columns[column] = subgroup_column(rows.columns[column])
     described = datasets.Dataset.from_dict(columns, features=datasets.Features({c: features[c] for c in columns}))
     films = datasets.concatenate_datasets([_images(rows, images_dir), described], axis=1)
 
@@ -132,28 +150,31 @@ def split_films(
 
 
 def _labels(
-    rows: Rows, columns: Sequence[str], label_names: Sequence[str] | None, uncertain: str, missing: str
+    rows: Rows,
+    columns: Sequence[str],
+    label_names: Sequence[str] | None,
+    label_values: Sequence[str] | None,
+    uncertain: str,
+    missing: str,
 ) -> tuple[list[str], list[Any], np.ndarray]:
     """Class or finding names, the label of each row, and which rows to keep."""
+    policies = {"uncertain": uncertain, "missing": missing}
     if len(columns) == 1:
         (column,) = columns
-        names, classes = class_labels(
-            rows.columns[column],
-            rows.where,
-            column,
-            label_names or rows.class_names.get(column),
-            uncertain=uncertain,
-            missing=missing,
-        )
-        log_classes(column, names, classes)
+        cells = rows.columns[column]
+        if label_values:
+            names, classes = labels_by_value(cells, column, label_values)
+            left_out = f"none of these ({cells.count('')} of them blank)"
+        else:
+            given = label_names or rows.class_names.get(column)
+            names, classes = class_labels(cells, rows.where, column, given, **policies)
+            left_out = "uncertain or missing"
+        log_classes(column, names, classes, left_out)
         kept = ~np.isnan(classes)
         return names, np.where(kept, classes, 0).astype(int).tolist(), kept
     if label_names:
         raise ValueError("label_names goes with one label column; findings are called as their columns are.")
-    findings = [
-        finding_labels(rows.columns[column], rows.where, column, uncertain=uncertain, missing=missing).tolist()
-        for column in columns
-    ]
+    findings = [finding_labels(rows.columns[column], rows.where, column, **policies).tolist() for column in columns]
     labels = [dict(zip(columns, film, strict=True)) for film in zip(*findings, strict=True)]
     return list(columns), labels, np.ones(len(labels), dtype=bool)
 

@@ -81,10 +81,7 @@ def class_labels(
         names = names or found
         indices = {name: float(index) for index, name in enumerate(names)}
         expected = ", ".join(names)
-    if len(names) < 2 or len({name.casefold() for name in names}) < len(names):
-        raise ValueError(
-            f"The label {column} has the classes {names}; expected two or more that differ in more than case."
-        )
+    _check_names(names, column)
     for argument, value in policies.items():
         if not math.isnan(value) and len(names) != 2:
             raise ValueError(f"{argument} has to be 'ignore' for the label {column}, which has {len(names)} classes.")
@@ -103,15 +100,50 @@ def class_labels(
     return names, labels
 
 
-def log_classes(column: str, names: Sequence[str], labels: np.ndarray) -> None:
-    """Say which class has which index, for `class_labels`: the order of two decides what "positive" means."""
+def labels_by_value(cells: Sequence[str], column: str, label_values: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """As `class_labels`, for a column of which some values name a class, in words of its own, and others don't.
+
+    Args:
+        label_values: `value=CLASS` for each value that counts, such as `Lung Opacity=PNEUMONIA`. Classes have the
+            order in which they first appear here; several values may name one class.
+
+    Raises:
+        ValueError: an entry of another form, a value that is listed twice or that no film has, fewer than two classes.
+    """
+    class_of: dict[str, str] = {}
+    for entry in label_values:
+        value, _, name = (part.strip() for part in entry.rpartition("="))
+        if not (value and name):
+            raise ValueError(f"label_values has {entry!r}; expected value=CLASS, such as 'Lung Opacity=PNEUMONIA'.")
+        if value in class_of:
+            raise ValueError(f"label_values has the value {value!r} twice; expected one class for each.")
+        class_of[value] = name
+    if unseen := [value for value in class_of if value not in cells]:
+        raise ValueError(f"label_values has the value {unseen[0]!r}, which no film has in column {column}.")
+    names = list(dict.fromkeys(class_of.values()))
+    _check_names(names, column)
+    indices = {value: names.index(name) for value, name in class_of.items()}
+    return names, np.array([indices.get(cell, math.nan) for cell in cells], dtype=np.float32)
+
+
+def log_classes(column: str, names: Sequence[str], labels: np.ndarray, left_out: str = "uncertain or missing") -> None:
+    """Say which class has which index: the order of two decides what "positive" means. And how many films have no
+    class, since their label is what `left_out` says.
+    """
     counts = Counter(labels[~np.isnan(labels)].astype(int).tolist())
     described = [f"class {index} is {name} ({counts[index]} films)" for index, name in enumerate(names)]
     if len(names) == 2:
         described[1] += ", the positive class"
     logger.info("Label %s: %s.", column, "; ".join(described))
-    if left_out := int(np.isnan(labels).sum()):
-        logger.info("Leaving out %d films whose label %s is uncertain or missing.", left_out, column)
+    if unlabelled := int(np.isnan(labels).sum()):
+        logger.info("Leaving out %d films whose label %s is %s.", unlabelled, column, left_out)
+
+
+def _check_names(names: Sequence[str], column: str) -> None:
+    if len(names) < 2 or len({name.casefold() for name in names}) < len(names):
+        raise ValueError(
+            f"The label {column} has the classes {names}; expected two or more that differ in more than case."
+        )
 
 
 def _policies(uncertain: str, missing: str) -> dict[str, float]:
