@@ -1,44 +1,82 @@
-"""How much does fine-tuning add to a frozen backbone? Both phases of several finished runs (seeds), side by side.
+"""How much does fine-tuning add to a frozen backbone, and does it overfit? Several finished runs (seeds), side by side.
 
-python benchmarks/two_phases.py runs/pneumonia-0 runs/pneumonia-1 runs/pneumonia-2 [--curves docs/learning_curves.png]
+python benchmarks/two_phases.py runs/pneumonia-0 runs/pneumonia-1 runs/pneumonia-2 [--permuted runs/permuted]
+
+--permuted is a run with --data.permute_labels true: what training makes of labels that mean nothing.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from cxr_backbone.evaluation.metrics import METRICS
-from cxr_backbone.evaluation.plots import learning_curves, read_log
-from cxr_backbone.evaluation.report import markdown_table
+from cxr_backbone.evaluation.report import figure_text, markdown_table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, one a seed")
-    parser.add_argument("--curves", type=Path, help="draw the learning curves to this file")
+    parser.add_argument("--permuted", type=Path, help="run directory of a training on permuted labels")
     arguments = parser.parse_args()
-    metrics = [json.loads((run / "metrics.json").read_text()) for run in arguments.runs]
+    runs = {run.name: json.loads((run / "metrics.json").read_text()) for run in arguments.runs}
 
-    print(f"Test split, mean ± standard deviation over {len(metrics)} runs:\n")
+    *_, any_run = runs.values()
+    for split in any_run["models"]["fine_tuned"]["splits"]:
+        if split == "test" or split.startswith("external "):
+            print(f"{split}, mean ± standard deviation over {len(runs)} runs:\n\n{spread_table(runs, split)}\n")
+            print(f"{split}, each run with its 95 % intervals:\n\n{auroc_table(runs, split)}\n")
+
+    print("Overfitting: losses (nats) before the temperature and AUROC of the checkpoint that was kept.\n")
+    if arguments.permuted:
+        runs[f"{arguments.permuted.name}, permuted labels"] = json.loads(
+            (arguments.permuted / "metrics.json").read_text()
+        )
+    print(overfitting_table(runs))
+
+
+def spread_table(runs: dict[str, Any], split: str) -> str:
     rows = []
-    for name in METRICS:
-        frozen, tuned = (np.array([run[phase]["test"][name] for run in metrics]) for phase in ("frozen", "fine_tuned"))
+    for name in figures_of(next(iter(runs.values())), "frozen", split):
+        frozen, tuned = (
+            np.array([figures_of(run, model, split)[name]["value"] for run in runs.values()], dtype=float)
+            for model in ("frozen", "fine_tuned")
+        )
         rows.append([name.replace("_", " "), spread(frozen), spread(tuned), spread(tuned - frozen, sign="+")])
-    print(markdown_table(["", "frozen", "fine-tuned", "difference"], rows))
+    return markdown_table(["", "frozen", "fine-tuned", "difference"], rows)
 
-    print("\nOverfitting: losses of the checkpoint that was kept, on images as they are.\n")
+
+def auroc_table(runs: dict[str, Any], split: str) -> str:
     rows = []
-    for run, figures in zip(arguments.runs, metrics, strict=True):
-        validation = [line["validation_loss"] for line in read_log(run, "fine_tuning")]
-        train, kept = (figures["fine_tuned"][split]["loss"] for split in ("train", "validation"))
-        losses = [f"{value:.4f}" for value in (train, kept, kept - train, min(validation), validation[-1])]
-        rows.append([run.name, *losses, *(f"{figures[phase]['seconds']:.0f}" for phase in ("frozen", "fine_tuned"))])
-    header = ["run", "train", "validation", "gap", "lowest validation", "last validation", "s frozen", "s fine-tuning"]
-    print(markdown_table(header, rows))
-    if arguments.curves:
-        learning_curves(arguments.runs, arguments.curves)
+    for name, run in runs.items():
+        for target, delong in run["comparison"][split]["delong"].items():
+            figures = [
+                run["models"][model]["splits"][split]["targets"][target]["figures"]["auroc"]
+                for model in ("frozen", "fine_tuned")
+            ]
+            difference = figure_text({"value": delong["difference"], **delong}, signed=True)
+            p = "not defined" if delong.get("p") is None else f"{delong['p']:.3f}"
+            rows.append([name, target, *map(figure_text, figures), difference, p])
+    return markdown_table(["run", "", "frozen", "fine-tuned", "difference (DeLong)", "p"], rows)
+
+
+def overfitting_table(runs: dict[str, Any]) -> str:
+    rows = []
+    for name, run in runs.items():
+        curve = run["overfitting"]["curve"]
+        (kept,) = (line for line in curve if line["after_steps"] == run["overfitting"]["chosen"])
+        aurocs = [figures_of(run, "fine_tuned", split)["auroc"]["value"] for split in ("train", "validation")]
+        losses = [kept["train"], kept["validation"], run["overfitting"]["gap"], kept["test"]]
+        seconds = [f"{run['models'][model]['seconds']:.0f}" for model in ("frozen", "fine_tuned")]
+        steps = f"{kept['after_steps']} of {curve[-1]['after_steps']}"
+        rows.append([name, steps, *(f"{value:.3f}" for value in (*losses, *aurocs)), *seconds])
+    header = ["run", "step", "train", "validation", "gap", "test", "AUROC train", "AUROC validation"]
+    return markdown_table([*header, "s frozen", "s fine-tuning"], rows)
+
+
+def figures_of(run: dict[str, Any], model: str, split: str) -> dict[str, Any]:
+    return run["models"][model]["splits"][split]["figures"]
 
 
 def spread(values: np.ndarray, sign: str = "") -> str:

@@ -6,32 +6,28 @@ Everything it does is in the run directory (run.output_dir); what can be set is 
 """
 
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import pipeline
 from transformers.utils.logging import disable_progress_bar
 
-from cxr_backbone import CXRInceptionForImageClassification
-from cxr_backbone.data.audit import audit, leaks, summary
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import is_multi_label, label_names
 from cxr_backbone.data.shards import Stream
-from cxr_backbone.evaluation.metrics import classification_metrics
-from cxr_backbone.evaluation.report import comparison_table
 from cxr_backbone.hub import check_push_access, push_folder, write_card
 from cxr_backbone.training.arguments import parse_arguments
+from cxr_backbone.training.examine import Examiner
 from cxr_backbone.training.features import extract_features
-from cxr_backbone.training.films import check_classes, decode_films, open_films
-from cxr_backbone.training.hardware import choose_precision, join_processes, use_threads
-from cxr_backbone.training.loop import predict
+from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
+from cxr_backbone.training.hardware import choose_precision, use_threads
 from cxr_backbone.training.phases import fine_tune, fit_head
 from cxr_backbone.training.start import start_model
 from cxr_backbone.training.state import RunDirectory
@@ -42,12 +38,11 @@ MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
 def main() -> None:
     # Everything that can be wrong with what was asked for comes to light here, before any training.
     try:
-        arguments, run, films, report, model, image_processor = prepare(sys.argv[1:])
+        arguments, run, films, external, report, model, image_processor = prepare(sys.argv[1:])
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"two_stage.py: {' '.join(str(error).split())}")
     seed, batch_size = arguments.run.seed, arguments.frozen.batch_size
-    names = label_names(films.splits["train"].features)
-    validation, test = films.splits["validation"], films.splits["test"]
+    validation = films.splits["validation"]
 
     disable_progress_bar()  # of saving and loading; training has its own
     use_threads(arguments.run.cpu_threads)
@@ -72,6 +67,12 @@ def main() -> None:
         if accelerator.is_main_process:
             trained.save_pretrained(folder)
             image_processor.save_pretrained(folder)
+
+    def save_evaluated(trained, steps, is_best):
+        if accelerator.is_main_process:
+            run.keep_checkpoint(trained, steps)
+        if is_best:
+            save(trained, run.fine_tuned)
 
     # Phase one: the backbone is frozen, so each image goes through it once; the head is fitted to the features.
     started = time.perf_counter()
@@ -109,32 +110,30 @@ def main() -> None:
         arguments.fine_tuning,
         seed=seed,
         log=log,
-        save=lambda trained: save(trained, run.fine_tuned),
+        save=save_evaluated,
     )
     seconds["fine_tuned"] = time.perf_counter() - started
     accelerator.wait_for_everyone()
 
-    # Both models see the test split here, once.
-    metrics: dict[str, dict[str, Any]] = {}
-    for phase, folder in (("frozen", run.frozen), ("fine_tuned", run.fine_tuned)):
-        trained = CXRInceptionForImageClassification.from_pretrained(folder).eval()
-        trained.to(accelerator.device, memory_format=torch.channels_last)
-        metrics[phase] = {"seconds": seconds[phase]}
-        for split, rows in (("train", films.train), ("validation", validation), ("test", test)):
-            if phase == "frozen" and split in features:
-                truth = labels[split]
-                with torch.no_grad():
-                    logits = trained.classifier(features[split].to(accelerator.device)).cpu()
-            else:
-                logits, truth = predict(trained, rows, image_processor, accelerator, batch_size=batch_size)
-            metrics[phase][split] = classification_metrics(truth.numpy(), logits, names)
+    # Validation fixes the temperature and the operating points of both models. The test split does not open before.
+    examiner = Examiner(image_processor, accelerator, arguments.evaluation, batch_size=batch_size, seed=seed)
+    models = {folder.name: examiner.load(folder) for folder in (run.frozen, run.fine_tuned)}
+    for name, trained in models.items():
+        examiner.settle(trained, validation)
+        save(trained, run.path / name)
+    test = films.open_test(*(trained.config for trained in models.values()))
+    splits = {"train": films.train_sample, "validation": validation, "test": test}
+    predictions = examiner.ask(models, splits | external)
+    measured = {"train": films.train_sample, "test": test}  # validation is in the log already
+    for line in examiner.checkpoint_losses(run.checkpoints, accelerator.unwrap_model(model), measured):
+        log(phase="checkpoints", **line)
 
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    run.write_json(run.metrics, metrics)
+    examiner.write(run, models, predictions, test, log=run.read_log(), seconds=seconds)
+    shutil.rmtree(run.checkpoints)
     write_card(run.path, run.fine_tuned, MODEL_CARD, arguments.run.hub_model_id or run.path.name)
-    print(comparison_table(metrics))
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)
     film = Image.fromarray(stack_pixels([test[0]])[0])
     print(f"{run.fine_tuned} says of a test image labelled {label_text(test)}:")
@@ -144,8 +143,8 @@ def main() -> None:
 
 
 def prepare(argv):
-    """The resolved arguments, the run directory, the decoded films with their audit, the model and its image
-    processor."""
+    """The resolved arguments, the run directory, the decoded films, those of another source, the audit, the model and
+    its image processor."""
     arguments = parse_arguments(argv)
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
@@ -156,7 +155,9 @@ def prepare(argv):
     settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
     opened = open_films(arguments.data, **settings)
     features = opened.features if isinstance(opened, Stream) else opened["train"].features
-    model, image_processor = start_model(arguments.model, label_names(features), multi_label=is_multi_label(features))
+    names = label_names(features)
+    model, image_processor = start_model(arguments.model, names, multi_label=is_multi_label(features))
+    external = decode_external(arguments.evaluation, names, image_size=arguments.model.image_size)
     films = decode_films(opened, arguments.data, **settings)
     check_classes(films.splits, arguments.data)
     if len(films.train) < arguments.fine_tuning.batch_size:
@@ -164,17 +165,8 @@ def prepare(argv):
             f"fine_tuning.batch_size={arguments.fine_tuning.batch_size} is more than the "
             f"{len(films.train)} images to train on."
         )
-    is_main_process = join_processes().is_main_process
-    reports = [audit(films.splits, films.unreadable) if is_main_process else None]
-    (report,) = broadcast_object_list(reports)
-    if is_main_process:
-        print(summary(report))
-    for kind, sentence in leaks(report).items():
-        if kind not in arguments.data.allow_leaks:
-            raise ValueError(
-                f"{sentence} Look at them with recipes/audit.py; to train all the same: --data.allow_leaks {kind}"
-            )
-    return arguments, run, films, report, model, image_processor
+    report = audit_films(films, arguments.data)
+    return arguments, run, films, external, report, model, image_processor
 
 
 def label_text(rows):

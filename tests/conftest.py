@@ -54,3 +54,24 @@ def chestxray14(shared, tmp_path_factory):
     for name, images in lists.items():
         (folder / name).write_text("\n".join(images) + "\n")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_films(shared, tmp_path_factory):
+    """64 + 24 films of the Kermany set in Kaggle's layout; two a patient, while there are any."""
+    source, folder = shared / "data/kermany224", tmp_path_factory.mktemp("kaggle")
+    with (source / "labels.csv").open(newline="") as file:
+        films = [row for row in csv.DictReader(file) if row["split"] != "val"]
+    for split, number in (("train", 32), ("test", 12)):
+        for label in ("NORMAL", "PNEUMONIA"):
+            patients = {}
+            for row in films:
+                if (row["split"], row["label"]) == (split, label):
+                    patients.setdefault(row["patient_id"], []).append(row)
+            several_first = sorted(patients.values(), key=lambda rows: len(rows) < 2)
+            chosen = [row for rows in several_first for row in rows[:2]]
+            (folder / split / label).mkdir(parents=True)
+            for row in chosen[:number]:
+                (folder / split / label / Path(row["path"]).name).symlink_to(source / row["path"])
+            assert len(list((folder / split / label).iterdir())) == number
+    return folder

@@ -16,11 +16,9 @@ PROCESSOR = CXRInceptionImageProcessor(size={"height": 75, "width": 75})
 
 def tiny_model(labels=2, **settings):
     torch.manual_seed(0)
-    settings = {"dropout": 0.0, "problem_type": "single_label_classification"} | settings
-    names = {index: f"class {index}" for index in range(labels)}
-    return CXRInceptionForImageClassification(
-        CXRInceptionConfig(image_size=75, depth_multiplier=0.1, id2label=names, **settings)
-    )
+    defaults = {"dropout": 0.0, "problem_type": "single_label_classification", "image_size": 75}
+    defaults["id2label"] = {index: f"class {index}" for index in range(labels)}
+    return CXRInceptionForImageClassification(CXRInceptionConfig(depth_multiplier=0.1, **(defaults | settings)))
 
 
 def all_pixel_values(rows):

@@ -196,8 +196,10 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
 
     def validate_temperature(self):
+        if self.temperature is None:
+            return
         given = self.temperature if isinstance(self.temperature, list) else [self.temperature]
-        allowed = self.temperature is None or all(math.isfinite(value) and value > 0 for value in given)
+        allowed = all(math.isfinite(value) and value > 0 for value in given)
         _require(allowed, "temperature", self.temperature, "a number above 0, or one for each finding")
 
     def validate_operating_points(self):

@@ -8,7 +8,7 @@ from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, Mo
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from cxr_backbone.evaluation.report import comparison_table
+from cxr_backbone.evaluation.report import comparison_table, operating_points_table
 
 
 def check_push_access(repo_id: str | None) -> None:
@@ -44,10 +44,13 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
     config = json.loads((model / "config.json").read_text())
     audit = json.loads((run / "audit.json").read_text())
     data_source = _without_folders(arguments["data"]["source"] or arguments["data"]["format"])
+    splits = metrics["models"]["fine_tuned"]["splits"]
     results = [
-        EvalResult("image-classification", data_source, data_source, name, round(value, 4), dataset_split="test")
-        for name, value in metrics["fine_tuned"]["test"].items()
-        if name != "images" and value is not None
+        EvalResult(
+            "image-classification", data_source, data_source, name, round(figure["value"], 4), dataset_split="test"
+        )
+        for name, figure in splits["test"]["figures"].items()
+        if figure["value"] is not None
     ]
     card_data = ModelCardData(
         license="apache-2.0",
@@ -69,11 +72,19 @@ def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
         films_without_patient=audit["patients_across_splits"]["films_without_patient"],
         patients_across_splits=audit["patients_across_splits"]["count"],
         duplicates_across_splits=audit["duplicates"]["groups_across_splits"],
-        images={
-            split: figures["images"] for split, figures in metrics["fine_tuned"].items() if isinstance(figures, dict)
-        },
-        seconds={phase: figures["seconds"] for phase, figures in metrics.items()},
+        images={name: split["films"] for name, split in audit["splits"].items()},
+        patients=splits["test"]["patients"],
+        seconds={name: model["seconds"] for name, model in metrics["models"].items()},
+        temperature=config["temperature"],
+        perturbed_views=arguments["evaluation"]["perturbed_views"],
+        points=sorted({point for points in config["operating_points"].values() for point in points}),
         table=comparison_table(metrics),
+        operating_points=operating_points_table(metrics),
+        external={
+            name.removeprefix("external "): (split["films"], comparison_table(metrics, name))
+            for name, split in splits.items()
+            if name.startswith("external ")
+        },
         **(environment | {"command": " ".join(map(_without_folders, environment["command"]))}),
     )
     card.save(model / "README.md")

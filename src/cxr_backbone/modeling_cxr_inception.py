@@ -246,7 +246,7 @@ class CXRInceptionForImageClassification(CXRInceptionPreTrainedModel):
 
     def __init__(self, config: CXRInceptionConfig):
         super().__init__(config)
-        if not set(config.operating_points or {}) <= set(config.id2label.values()):  # they were another head's
+        if not set(config.operating_points or {}) <= set((config.id2label or {}).values()):  # they were another head's
             config.temperature = config.operating_points = None
         self.cxr_inception = CXRInceptionModel(config)
         self.classifier = CXRInceptionHead(config, config.hidden_sizes[-1])
@@ -283,9 +283,9 @@ class CXRInceptionForImageClassification(CXRInceptionPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.compute_loss(logits, labels)
-        if use_auxiliary_head:
-            auxiliary_loss = self.compute_loss(self.auxiliary_classifier(outputs.hidden_states[-2]), labels)
-            loss = loss + self.config.auxiliary_loss_weight * auxiliary_loss
+            if use_auxiliary_head:
+                auxiliary_logits = self.auxiliary_classifier(outputs.hidden_states[-2])
+                loss = loss + self.config.auxiliary_loss_weight * self.compute_loss(auxiliary_logits, labels)
         hidden_states = outputs.hidden_states if output_hidden_states else None
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=hidden_states)
 

@@ -1,73 +1,74 @@
-"""Results are printed as a table that lines up and leaves nothing out."""
+"""Results are printed as tables that line up and leave nothing out."""
 
 import re
 
 import pytest
+from evaluation.drawn_predictions import drawn_run, findings, two_classes
 
-from cxr_backbone.evaluation.metrics import METRICS
-from cxr_backbone.evaluation.report import PHASES, SPLITS, comparison_table, markdown_table
-
-
-def value(phase, split, name):
-    """A different figure in every place."""
-    return PHASES.index(phase) / 2 + SPLITS.index(split) / 10 + METRICS.index(name) / 100 + 0.0012
+from cxr_backbone.evaluation.report import comparison_table, figure_text, markdown_table, operating_points_table
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def metrics():
-    return {
-        phase: {
-            **{
-                split: {name: value(phase, split, name) for name in METRICS} | {"images": 100 + SPLITS.index(split)}
-                for split in SPLITS
-            },
-            "seconds": 41.6 + PHASES.index(phase),
-        }
-        for phase in PHASES
-    }
+    return drawn_run(two_classes)[0]
 
 
-@pytest.fixture
-def cells(metrics):
-    """Row by name; in each row, cell by column."""
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in comparison_table(metrics).splitlines()
-    ]
-    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+def cells_of(table):
+    """Row by its first cells; in each row, cell by column."""
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return header, rows
 
 
-def test_both_phases_stand_beside_each_other_on_each_split(cells):
-    for row in cells.values():
-        assert list(row) == [
-            *("frozen train", "frozen validation", "frozen test"),
-            *("fine-tuned train", "fine-tuned validation", "fine-tuned test"),
-        ]
+def test_models_stand_beside_each_other_with_their_difference(metrics):
+    header, rows = cells_of(comparison_table(metrics))
+    assert header == ["", "frozen", "fine-tuned", "difference"]
+    shown = {name: cells for name, *cells in rows}
+    for name, figure in metrics["models"]["frozen"]["splits"]["test"]["figures"].items():
+        frozen, tuned, difference = shown[name.replace("_", " ")]
+        assert frozen.startswith(f"{figure['value']:.3f} ({figure['low']:.3f} to ")
+        other = metrics["models"]["fine_tuned"]["splits"]["test"]["figures"][name]
+        assert tuned == figure_text(other)
+        assert difference.startswith(f"{other['value'] - figure['value']:+.3f} (")
 
 
-@pytest.mark.parametrize("name", METRICS)
-def test_every_metric_is_in_its_place(cells, name):
-    for phase in PHASES:
-        for split in SPLITS:
-            shown = cells[name.replace("_", " ")][f"{phase.replace('_', '-')} {split}"]
-            assert shown == f"{value(phase, split, name):.4f}"
+def test_one_model_has_no_difference():
+    header, _ = cells_of(comparison_table(drawn_run(two_classes, models=("fine_tuned",))[0]))
+    assert header == ["", "fine-tuned"]
 
 
-def test_images_and_seconds_are_told(cells):
-    assert list(cells["images"].values()) == ["100", "101", "102"] * 2
-    assert list(cells["seconds to train"].values()) == ["42", "", "", "43", "", ""]
+def test_another_split_can_be_shown(metrics):
+    assert comparison_table(metrics, "validation") != comparison_table(metrics)
 
 
 def test_a_figure_that_is_missing_is_not_passed_over(metrics):
-    del metrics["fine_tuned"]["test"]["auroc"]
-    with pytest.raises(KeyError, match="auroc"):
-        comparison_table(metrics)
+    broken = {**metrics, "comparison": {"test": {"figures": {}}}}
+    with pytest.raises(KeyError, match="loss"):
+        comparison_table(broken)
 
 
-def test_findings_have_a_row_each_and_what_is_not_defined_a_dash():
-    figures = {"loss": 0.5, "mean_auroc": 0.75, "auroc Mass": 0.75, "auroc Hernia": None, "images": 9}
-    table = comparison_table({phase: {**dict.fromkeys(SPLITS, figures), "seconds": 1.0} for phase in PHASES})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert ["auroc Mass", *["0.7500"] * 6] in rows and ["auroc Hernia", *["–"] * 6] in rows
+def test_operating_points_stand_with_the_validation_figures_that_chose_them(metrics):
+    header, rows = cells_of(operating_points_table(metrics))
+    assert header[-4:] == ["sensitivity", "specificity", "PPV", "NPV"]
+    shown = {(target, point): cells for target, point, *cells in rows}
+    chosen = metrics["models"]["fine_tuned"]["operating_points"]["PNEUMONIA"]
+    assert {point for _, point in shown} == set(chosen)
+    for name, point in chosen.items():
+        threshold, on_validation, sensitivity, *_ = shown["PNEUMONIA", name]
+        assert threshold == f"{point['threshold']:.3f}"
+        assert on_validation == f"{point['sensitivity']:.3f} / {point['specificity']:.3f}"
+        measured = metrics["models"]["fine_tuned"]["splits"]["test"]["targets"]["PNEUMONIA"]["operating_points"][name]
+        assert sensitivity == figure_text(measured["sensitivity"])
+
+
+def test_a_finding_without_operating_points_has_no_row():
+    _, rows = cells_of(operating_points_table(drawn_run(findings)[0]))
+    assert "Hernia" not in {target for target, *_ in rows} and "Mass" in {target for target, *_ in rows}
+
+
+def test_what_is_not_defined_says_so():
+    assert figure_text({"value": None, "low": None, "high": None, "undefined": "why"}) == "not defined"
+    assert figure_text({"value": 0.5, "low": None, "high": None, "undefined": "why"}) == "0.500 (interval not defined)"
+    assert figure_text({"value": 0.5, "low": -0.1, "high": 1.0}, signed=True) == "+0.500 (-0.100 to +1.000)"
 
 
 def test_the_table_is_markdown_with_aligned_columns():
@@ -80,8 +81,9 @@ def test_the_table_is_markdown_with_aligned_columns():
     ]
 
 
-def test_the_comparison_lines_up(metrics):
-    lines = comparison_table(metrics).splitlines()
-    assert {tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines} == {
-        tuple(match.start() for match in re.finditer(r"\|", lines[0]))
-    }
+def test_the_tables_line_up(metrics):
+    for table in (comparison_table(metrics), operating_points_table(metrics)):
+        lines = table.splitlines()
+        assert {tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines} == {
+            tuple(match.start() for match in re.finditer(r"\|", lines[0]))
+        }

@@ -2,14 +2,16 @@
 
 import csv
 import json
-from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from running import Run
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import log_loss, roc_auc_score
 
+from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.evaluation.report import comparison_table
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.weights import load_inception_v3
@@ -23,27 +25,6 @@ def phantom_run(tmp_path_factory):
         **{"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]},
         **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8], "run.report_to": ["tensorboard"]},
     )
-
-
-@pytest.fixture(scope="module")
-def real_films(shared, tmp_path_factory):
-    """64 + 24 films of the Kermany set in Kaggle's layout; two a patient, while there are any."""
-    source, folder = shared / "data/kermany224", tmp_path_factory.mktemp("kaggle")
-    with (source / "labels.csv").open(newline="") as file:
-        films = [row for row in csv.DictReader(file) if row["split"] != "val"]
-    for split, number in (("train", 32), ("test", 12)):
-        for label in ("NORMAL", "PNEUMONIA"):
-            patients = {}
-            for row in films:
-                if (row["split"], row["label"]) == (split, label):
-                    patients.setdefault(row["patient_id"], []).append(row)
-            several_first = sorted(patients.values(), key=lambda rows: len(rows) < 2)
-            chosen = [row for rows in several_first for row in rows[:2]]
-            (folder / split / label).mkdir(parents=True)
-            for row in chosen[:number]:
-                (folder / split / label / Path(row["path"]).name).symlink_to(source / row["path"])
-            assert len(list((folder / split / label).iterdir())) == number
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +43,25 @@ def real_run(real_films, real_weights, tmp_path_factory):
     )
 
 
+def results(run, model, split):
+    return run.read("metrics.json")["models"][model]["splits"][split]
+
+
+def losses_of(run, model):
+    """On validation, before and after the temperature."""
+    return {when: figures["nll"]["value"] for when, figures in results(run, model, "validation")["calibration"].items()}
+
+
 @pytest.fixture(params=["phantom_run", "real_run"])
 def run(request):
     return request.getfixturevalue(request.param)
 
 
 def test_the_run_directory_is_complete(run):
-    files = {"config.yaml", "environment.json", "split.csv", "audit.json", "audit.html", "log.jsonl", "metrics.json"}
-    assert {path.name for path in run.path.iterdir()} >= {*files, "frozen", "fine_tuned"}
+    files = {"config.yaml", "environment.json", "split.csv", "audit.json", "audit.html", "log.jsonl"}
+    results = {"metrics.json", "predictions", "report.html", "figures"}
+    found = {path.name for path in run.path.iterdir()}
+    assert found >= {*files, *results, "frozen", "fine_tuned"} and "checkpoints" not in found
     for phase in ("frozen", "fine_tuned"):
         assert {path.name for path in (run.path / phase).iterdir()} >= {
             *("config.json", "model.safetensors", "preprocessor_config.json"),
@@ -85,6 +77,43 @@ def test_the_table_is_printed_and_says_what_the_metrics_file_says(run):
     assert comparison_table(run.read("metrics.json")) in run.process.stdout
     assert f"{run.path / 'fine_tuned'} says of a test image labelled " in run.process.stdout
     assert "'label': 'PNEUMONIA'" in run.process.stdout
+
+
+def test_each_model_is_calibrated_on_validation_and_has_operating_points_from_there(run):
+    for model in ("frozen", "fine_tuned"):
+        config = CXRInceptionConfig.from_pretrained(run.path / model)
+        assert config.temperature > 0
+        assert set(config.operating_points["PNEUMONIA"]) == {"youden", "sensitivity>=0.95", "specificity>=0.90", "f1"}
+        if not yaml.safe_load((run.path / "config.yaml").read_text())["evaluation"]["perturbed_views"]:
+            assert losses_of(run, model)["after"] <= losses_of(run, model)["before"]
+
+
+def test_the_losses_of_every_checkpoint_are_known_and_their_weights_gone(run):
+    overfitting = run.read("metrics.json")["overfitting"]
+    evaluations = [line for line in run.log if line["phase"] == "fine_tuning" and "after_steps" in line]
+    assert [line["after_steps"] for line in overfitting["curve"]] == [line["after_steps"] for line in evaluations]
+    (kept,) = [line for line in overfitting["curve"] if line["after_steps"] == overfitting["chosen"]]
+    assert kept["validation"] == min(line["validation_loss"] for line in evaluations)
+    assert kept["test"] == pytest.approx(
+        results(run, "fine_tuned", "test")["calibration"]["before"]["nll"]["value"], abs=1e-4
+    )
+    assert overfitting["gap"] == kept["validation"] - kept["train"]
+
+
+def test_predictions_have_the_ids_of_the_films(run):
+    for model in ("frozen", "fine_tuned"):
+        rows = pq.read_table(run.path / f"predictions/{model} test.parquet").to_pylist()
+        with (run.path / "split.csv").open(newline="") as file:
+            films = [(row["image_id"], row["patient_id"]) for row in csv.DictReader(file) if row["split"] == "test"]
+        assert [(row["image_id"], row["patient_id"]) for row in rows] == films
+        auroc = roc_auc_score([row["label"] == "PNEUMONIA" for row in rows], [row["score PNEUMONIA"] for row in rows])
+        assert auroc == pytest.approx(results(run, model, "test")["figures"]["auroc"]["value"])
+
+
+def test_the_subtypes_of_pneumonia_are_told_apart(real_run):
+    subtypes = results(real_run, "fine_tuned", "test")["targets"]["PNEUMONIA"]["subgroups"]["subtype"]
+    assert {"bacteria", "virus"} & set(subtypes)
+    assert subtypes["normal"]["compared_with"] == "all positives"
 
 
 def test_the_card_holds_what_was_measured_and_no_folder_of_this_machine(run):
@@ -109,19 +138,16 @@ def test_no_patient_stands_in_train_and_validation(run):
 
 
 def test_the_models_that_are_saved_are_the_best_of_the_log(run):
-    metrics = run.read("metrics.json")
     for phase, logged in (("frozen", "frozen"), ("fine_tuned", "fine_tuning")):
         losses = [line["validation_loss"] for line in run.log if line["phase"] == logged and "validation_loss" in line]
         assert len(losses) > 1
-        assert metrics[phase]["validation"]["loss"] == pytest.approx(min(losses), abs=1e-4)
+        assert losses_of(run, phase)["before"] == pytest.approx(min(losses), abs=1e-4)
 
 
 def test_fine_tuning_starts_where_the_frozen_phase_ends_and_takes_steps(run):
     tuning = [line for line in run.log if line["phase"] == "fine_tuning"]
     assert tuning[0]["epoch"] == 0
-    assert tuning[0]["validation_loss"] == pytest.approx(
-        run.read("metrics.json")["frozen"]["validation"]["loss"], abs=1e-4
-    )
+    assert tuning[0]["validation_loss"] == pytest.approx(losses_of(run, "frozen")["before"], abs=1e-4)
     assert [line["step"] for line in tuning if "step" in line] == list(range(sum("step" in line for line in tuning)))
     assert "step" in tuning[1] and tuning[-1]["epoch"] == 1
 
@@ -136,7 +162,7 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was_loaded(real_run, real_we
 
 
 def test_real_features_tell_the_classes_apart(real_run):
-    assert real_run.read("metrics.json")["frozen"]["train"]["auroc"] > 0.9
+    assert results(real_run, "frozen", "train")["figures"]["auroc"]["value"] > 0.9
 
 
 PIPELINE = """
@@ -158,7 +184,10 @@ def test_the_pipeline_opens_both_models_without_the_package_and_finds_what_the_m
     for folder, answers in zip(folders, json.loads(process.stdout.splitlines()[-1]), strict=True):
         assert all({answer["label"] for answer in film} == {"NORMAL", "PNEUMONIA"} for film in answers)
         scores = [{answer["label"]: answer["score"] for answer in film}["PNEUMONIA"] for film in answers]
-        figures = real_run.read("metrics.json")[folder.name]
-        assert roc_auc_score(labels, scores) == pytest.approx(figures["test"]["auroc"], abs=0.01)
-        called = [score >= 0.5 for score, label in zip(scores, labels, strict=True) if label]
-        assert sum(called) / len(called) == pytest.approx(figures["test"]["sensitivity"], abs=0.09)
+        test = results(real_run, folder.name, "test")
+        assert roc_auc_score(labels, scores) == pytest.approx(test["figures"]["auroc"]["value"], abs=0.01)
+        assert log_loss(labels, scores) == pytest.approx(test["figures"]["loss"]["value"], abs=0.01)  # calibrated, too
+        points = CXRInceptionConfig.from_pretrained(folder).operating_points["PNEUMONIA"]
+        for name, point in test["targets"]["PNEUMONIA"]["operating_points"].items():
+            decided = [score >= points[name]["threshold"] for score, label in zip(scores, labels, strict=True) if label]
+            assert sum(decided) / len(decided) == pytest.approx(point["sensitivity"]["value"], abs=0.09)

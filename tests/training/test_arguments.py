@@ -8,7 +8,8 @@ import yaml
 
 from cxr_backbone.training.arguments import Arguments, FineTuningArguments, FrozenArguments, parse_arguments
 
-CONFIGS = sorted((Path(__file__).parents[2] / "recipes/configs").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes/configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 MINIMAL = "run: {output_dir: runs/test}\ndata: {format: kermany, source: films}\n"
 
 
@@ -29,12 +30,24 @@ def test_there_are_committed_configs():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_committed_config_parses_to_what_it_says(path):
-    arguments = asdict(parse_arguments([str(path)]))
-    for section, settings in yaml.safe_load(path.read_text()).items():
+    written = yaml.safe_load(path.read_text())
+    argv = [] if "run" in written else ["--run.output_dir", "runs/test"]  # a data section alone: an external set
+    arguments = asdict(parse_arguments([str(path), *argv]))
+    for section, settings in written.items():
         for name, value in settings.items():
             # YAML 1.1 reads 3e-4, without a dot, as a string.
             expected = float(value) if isinstance(arguments[section][name], float) else value
             assert arguments[section][name] == expected
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "protocols").glob("*.yaml")), ids=lambda path: path.name)
+def test_each_protocol_is_trained_by_the_recipe_of_the_kermany_set_for_one_epoch(path):
+    ours, theirs = (asdict(parse_arguments([str(config)])) for config in (FOLDER / "pneumonia.yaml", path))
+    assert theirs["data"]["protocol"] == (path.stem if path.stem != "pneumoniamnist" else None)
+    assert theirs["fine_tuning"] == ours["fine_tuning"] | {"epochs": 1}
+    size = {"image_size": 112} if path.stem == "pneumoniamnist" else {}
+    assert theirs["model"] == ours["model"] | size
+    assert (theirs["frozen"], theirs["evaluation"]) == (ours["frozen"], ours["evaluation"])
 
 
 def test_a_section_or_field_that_is_not_given_has_its_default(parse):
@@ -66,6 +79,9 @@ def test_a_number_is_read_however_it_is_written(parse, written, value):
         ("", ["--fine_tuning.gradient_checkpointing", "true"], "fine_tuning", "gradient_checkpointing", True),
         ("", ["--data.source=my films"], "data", "source", "my films"),
         ("", ["--data.label_columns", "Edema", "Lung Opacity"], "data", "label_columns", ["Edema", "Lung Opacity"]),
+        ("", ["--data.label_values", "0=A", "Lung Opacity=B"], "data", "label_values", ["0=A", "Lung Opacity=B"]),
+        ("", ["--data.subgroup_columns=sex"], "data", "subgroup_columns", ["sex"]),
+        ("", ["--data.permute_labels", "true"], "data", "permute_labels", True),
         ("", ["--data.patient_pattern", r"patient(\d+)"], "data", "patient_pattern", r"patient(\d+)"),
         ("", ["--run.cpu_threads", "3"], "run", "cpu_threads", 3),
     ],
@@ -98,7 +114,7 @@ def test_what_is_written_out_is_read_back_the_same(parse, tmp_path):
     [
         ("fine_tunning: {epochs: 1}", [], "no section 'fine_tunning'; did you mean 'fine_tuning'"),
         ("", ["--fozen.batch_size", "2"], "no section 'fozen'; did you mean 'frozen'"),
-        ("xyz: {a: 1}", [], "no section 'xyz'; known are data, fine_tuning, frozen, model, run"),
+        ("xyz: {a: 1}", [], "no section 'xyz'; known are data, evaluation, fine_tuning, frozen, model, run"),
         ("fine_tuning: {learning_rat: 1}", [], "no field fine_tuning.learning_rat; did you mean 'learning_rate'"),
         ("", ["--run.sed", "1"], "no field run.sed; did you mean 'seed'"),
         ("", ["--data.zzz", "1"], "no field data.zzz; known are allow_leaks, cache_dir"),
@@ -142,6 +158,9 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
         ("fine_tuning", "batch_size", 0),
         ("fine_tuning", "gradient_accumulation_steps", 0),
         ("fine_tuning", "evaluations_per_epoch", 0),
+        ("evaluation", "perturbed_views", -1),
+        ("evaluation", "resamples", 99),
+        ("evaluation", "external_source", "films.csv"),
         ("fine_tuning", "patience", 0),
         ("fine_tuning", "augmentation", 1.5),
         ("fine_tuning", "ema_decay", -0.1),
@@ -196,6 +215,12 @@ def test_a_source_is_named_where_there_is_one_and_only_there(parse):
 def test_a_fold_beside_a_split_on_file_is_refused(parse):
     with pytest.raises(ValueError, match=r"data\.fold=1 is not allowed; expected nothing beside data\.split_file"):
         parse("", "--data.fold", "1", "--data.split_file", "split.csv")
+
+
+def test_noise_for_the_labels_of_a_stream_is_refused(parse):
+    stream = ["--data.format", "table", "--data.streaming", "true"]
+    with pytest.raises(ValueError, match=r"data\.permute_labels=True is not allowed; expected false, for data\.stre"):
+        parse("", *stream, "--data.permute_labels", "true")
 
 
 @pytest.mark.parametrize("text", ["run: [", "run: {a: b", "a: b: c"])

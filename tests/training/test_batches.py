@@ -86,6 +86,20 @@ def test_a_pass_sees_every_row_once_in_order_with_its_label(numbered):
     assert results.round().tolist() == labels.tolist() == list(range(23))
 
 
+def test_images_can_be_changed_before_they_are_normalised(numbered):
+    half = CXRInceptionImageProcessor(size={"height": 2, "width": 2}, image_mean=[0.5], image_std=[0.5])
+    results, _ = run_through(
+        lambda pixel_values: pixel_values.mean(dim=(1, 2, 3)),
+        numbered,
+        half,
+        accelerator(),
+        batch_size=8,
+        desc="",
+        change=lambda images: images * 0 + 0.75,
+    )
+    torch.testing.assert_close(results, torch.full((23,), 0.5))
+
+
 def test_findings_come_as_floats_with_nan_for_unknown():
     rows = number_rows([{"Effusion": 1.0, "Mass": math.nan}, {"Effusion": 0.0, "Mass": 1.0}])
     for films in (rows, as_stream(rows, num_shards=1)):

@@ -6,15 +6,17 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import label_names
 from cxr_backbone.data.splits import write_split
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.data.synthetic import draw_phantom
-from cxr_backbone.training.arguments import DataArguments
-from cxr_backbone.training.films import check_classes, decode_films, open_films
+from cxr_backbone.training.arguments import DataArguments, EvaluationArguments
+from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
 
 
 @pytest.fixture
@@ -51,8 +53,78 @@ def test_films_are_split_and_decoded(table):
     films = prepare(table)
     assert {name: len(rows) for name, rows in films.splits.items()} == {"train": 12, "validation": 6, "test": 6}
     assert films.train is films.splits["train"]
-    assert all(len(row["pixels"]) == 32 * 32 for rows in films.splits.values() for row in rows)
+    with_pixels = [films.splits["train"], films.splits["validation"], films.sealed_test]
+    assert all(len(row["pixels"]) == 32 * 32 for rows in with_pixels for row in rows)
     assert label_names(films.splits["train"].features) == ["NORMAL", "ILL"] and films.unreadable == {}
+
+
+def test_the_test_split_has_no_pixels_until_everything_is_decided(table):
+    films = prepare(table)
+    assert "pixels" not in films.splits["test"].column_names
+    settled = CXRInceptionConfig(temperature=1.3, operating_points={})
+    assert films.open_test(settled)["image_id"][:] == films.splits["test"]["image_id"][:]
+    for undecided in ({}, {"temperature": 1.3}, {"operating_points": {}}):
+        with pytest.raises(RuntimeError, match="opens after the temperature and the operating points"):
+            films.open_test(settled, CXRInceptionConfig(**undecided))
+    with pytest.raises(RuntimeError, match="opens after"):
+        films.open_test()
+
+
+def test_a_sample_of_train_is_as_large_as_validation_and_drawn_from_all_of_it(table, shards):
+    for films in (prepare(table), prepare(table, streaming=True, source=str(shards))):
+        sample, train = (rows["image_id"][:] for rows in (films.train_sample, films.splits["train"]))
+        assert len(set(sample)) == len(films.splits["validation"]) < len(train)
+        assert set(sample) < set(train) and sample != train[: len(sample)]
+        assert len(films.train_sample[0]["pixels"]) == 32 * 32
+
+
+def external(table, label_values=("NORMAL=NORMAL", "ILL=ILL"), source=None, name="elsewhere"):
+    config = table.parent / f"{name}.yaml"
+    data = {"format": "table", "source": str(table), "label_columns": ["label"], "label_values": list(label_values)}
+    config.write_text(yaml.safe_dump({"data": data | {"num_folds": 4, "cache_dir": str(table.parent / "cache")}}))
+    arguments = EvaluationArguments(external=str(config), external_source=source)
+    return decode_external(arguments, ["NORMAL", "ILL"], image_size=32)
+
+
+def test_all_films_of_an_external_set_are_tested_whatever_their_split(table):
+    ((name, films),) = external(table).items()
+    assert name == "external elsewhere"
+    assert sorted(films["image_id"][:], key=lambda name: int(name[:-4])) == [f"{film}.png" for film in range(24)]
+    assert len(films[0]["pixels"]) == 32 * 32
+    assert decode_external(EvaluationArguments(), ["NORMAL", "ILL"], image_size=32) == {}
+
+
+def test_an_external_set_can_lie_elsewhere(table, tmp_path):
+    shutil.copytree(table.parent, tmp_path / "moved")
+    ((_, films),) = external(table, source=str(tmp_path / "moved/films.csv")).items()
+    assert len(films) == 24
+
+
+def test_an_external_set_with_other_labels_is_refused(table):
+    with pytest.raises(ValueError, match=r"elsewhere\.yaml has the labels ILL, NORMAL, and the model NORMAL, ILL"):
+        external(table, label_values=("ILL=ILL", "NORMAL=NORMAL"))
+
+
+def test_labels_are_permuted_before_anything_is_learnt_from_them_but_not_in_test(table):
+    plain, permuted = prepare(table), prepare(table, permute_labels=True)
+    assert image_ids(plain) == image_ids(permuted)
+    assert plain.splits["train"]["label"][:] != permuted.splits["train"]["label"][:]
+    assert plain.splits["test"]["label"][:] == permuted.splits["test"]["label"][:]
+
+
+def test_leaks_stop_what_does_not_allow_them(table):
+    films = prepare(table)
+    shutil.copy(table.parent / f"{films.splits['train']['image_id'][0]}", table.parent / "copy.png")
+    with table.open(newline="") as file:
+        rows = [row | {"side": "train"} for row in csv.DictReader(file)]
+    leaked = {"image": "copy.png", "label": "ILL", "patient_id": "p0", "side": "test"}
+    rows += [leaked, leaked | {"image": "0.png", "label": "NORMAL", "patient_id": "p99"}]
+    rows = list({row["image"]: row for row in rows}.values())
+    films = prepare(write_table(table, rows), split_column="side")
+    with pytest.raises(ValueError, match=r"--data\.allow_leaks (patients|duplicates)"):
+        audit_films(films, DataArguments("table", source=str(table)))
+    allowed = DataArguments("table", source=str(table), allow_leaks=["patients", "duplicates"])
+    assert audit_films(films, allowed)["patients_across_splits"]["count"] > 0
 
 
 def test_several_processes_decode_to_the_same_films(table):
@@ -121,8 +193,10 @@ def test_a_stream_gives_the_same_films(table, shards, tmp_path):
     assert isinstance(streamed.train, FilmStream) and streamed.train.num_workers == 1
     assert len(streamed.train) == len(streamed.splits["train"]) == 12
     plain = prepare(table)
-    pixels = {row["image_id"]: row["pixels"] for rows in plain.splits.values() for row in rows}
-    assert all(row["pixels"] == pixels[row["image_id"]] for row in streamed.train.rows)
+    with_pixels = [plain.splits["train"], plain.splits["validation"], plain.sealed_test]
+    pixels = {row["image_id"]: row["pixels"] for rows in with_pixels for row in rows}
+    for rows in (streamed.train.rows, streamed.train_sample, streamed.sealed_test):
+        assert all(row["pixels"] == pixels[row["image_id"]] for row in rows)
 
 
 def test_a_stream_repeats_a_split_and_skips_what_cannot_be_read(table, shards, tmp_path):

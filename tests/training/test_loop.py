@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ class Run:
     """A fine-tuning with its log and what it saved."""
 
     def __init__(self, phantoms, model=None, accumulation=1, method=fine_tune, seed=0, **arguments):
-        self.model, self.lines, self.saved = model or tiny_model(), [], []
+        self.model, self.lines = model or tiny_model(), []
+        self.saved, self.evaluated = [], []  # the best so far, and all of them, with the steps they took
         self.accelerator = accelerator(accumulation)
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.8, "patience": 100}
         settings["gradient_accumulation_steps"] = accumulation
@@ -38,10 +40,16 @@ class Run:
                 FineTuningArguments(**(settings | arguments)),
                 seed=seed,
                 log=lambda **line: self.lines.append(line),
-                save=lambda model: self.saved.append(copy.deepcopy(model.state_dict())),
+                save=self.save,
             )
         except RuntimeError as error:
             self.error = str(error)
+
+    def save(self, model, steps, is_best):
+        weights = copy.deepcopy(model.state_dict())
+        self.evaluated.append((steps, weights))
+        if is_best:
+            self.saved.append(weights)
 
     @property
     def evaluations(self):
@@ -63,6 +71,25 @@ def validation_loss(state_dict, phantoms):
     prepared = accelerator()
     logits, labels = predict(model, phantoms["validation"], PROCESSOR, prepared, batch_size=8)
     return F.cross_entropy(logits, labels).item()
+
+
+def test_every_evaluation_is_handed_out_and_the_best_so_far_told(tuned, phantoms):
+    assert [steps for steps, _ in tuned.evaluated] == [line["after_steps"] for line in tuned.evaluations]
+    losses = [line["validation_loss"] for line in tuned.evaluations]
+    for (_, weights), loss in zip(tuned.evaluated, losses, strict=True):
+        assert validation_loss(weights, phantoms) == pytest.approx(loss, abs=1e-5)
+    assert len(tuned.saved) == sum(loss < min([*losses[:count], 1e9]) for count, loss in enumerate(losses))
+
+
+def test_the_head_is_asked_in_full_precision_whatever_the_backbone_runs_in(phantoms):
+    half = SimpleNamespace(
+        autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+        device=torch.device("cpu"),
+        **{"num_processes": 1, "process_index": 0, "is_main_process": True},
+        **{"gather": lambda tensor: tensor, "pad_across_processes": lambda tensor, dim: tensor},
+    )
+    logits, _ = predict(tiny_model(), phantoms["train"], PROCESSOR, half, batch_size=8)
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
 
 
 def test_findings_are_fine_tuned_by_the_same_function():

@@ -4,10 +4,14 @@ import csv
 import json
 from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import DatasetDict
+from evaluation.drawn_predictions import drawn_run, two_classes
+from narrow import tiny_model
+from safetensors.torch import load_file
 
 from cxr_backbone.data.audit import audit
 from cxr_backbone.data.decoding import decode_once
@@ -15,7 +19,7 @@ from cxr_backbone.data.splits import repeat_split
 from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.films import Films
-from cxr_backbone.training.state import PACKAGES, RunDirectory
+from cxr_backbone.training.state import PACKAGES, RunDirectory, read_log
 
 
 @pytest.fixture
@@ -33,7 +37,13 @@ def films(tmp_path_factory):
     splits = DatasetDict(
         {name: decode_once(rows, 32, cache) for name, rows in load_synthetic(20, image_size=32).items()}
     )
-    return Films(splits, splits["train"], {"broken.png": "Can't read broken.png, it is no image."})
+    return Films(
+        splits,
+        splits["train"],
+        splits["train"],
+        splits["test"],
+        {"broken.png": "Can't read broken.png, it is no image."},
+    )
 
 
 @pytest.fixture
@@ -79,7 +89,7 @@ def test_films_that_were_skipped_are_listed_with_the_reason(started):
 
 def test_where_none_was_skipped_there_is_no_list(tmp_path, films):
     run = RunDirectory(tmp_path / "run")
-    run.write_audit(Films(films.splits, films.train), audit(films.splits))
+    run.write_audit(Films(films.splits, films.train, films.train_sample, films.sealed_test), audit(films.splits))
     assert {path.name for path in run.path.iterdir()} == {"audit.json", "audit.html"}
 
 
@@ -105,7 +115,34 @@ def test_the_log_grows_a_line_at_a_time(started):
 def test_models_and_metrics_have_their_places(tmp_path):
     run = RunDirectory(tmp_path / "new")
     assert (run.frozen, run.fine_tuned) == (tmp_path / "new/frozen", tmp_path / "new/fine_tuned")
-    assert run.metrics == tmp_path / "new/metrics.json"
+    assert run.checkpoints == tmp_path / "new/checkpoints"
+
+
+def test_results_are_a_file_of_metrics_and_one_of_predictions_for_each_model_and_split(tmp_path):
+    metrics, predictions = drawn_run(two_classes)
+    run = RunDirectory(tmp_path / "new")
+    run.write_results(metrics, predictions)
+    assert read(run.path / "metrics.json") == metrics
+    names = {f"{model} {split}.parquet" for model, splits in predictions.items() for split in splits}
+    assert {path.name for path in (run.path / "predictions").iterdir()} == names
+    rows = pq.read_table(run.path / "predictions/fine_tuned test.parquet").to_pylist()
+    assert [row["image_id"] for row in rows] == predictions["fine_tuned"]["test"].image_ids
+
+
+def test_a_checkpoint_keeps_the_weights_and_sorts_by_its_steps(started):
+    model = tiny_model().to(memory_format=torch.channels_last)
+    for steps in (1000, 20):
+        started.keep_checkpoint(model, steps)
+    first, last = sorted(started.checkpoints.iterdir())
+    assert (int(first.stem), int(last.stem)) == (20, 1000)
+    kept = load_file(first)
+    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_log_that_is_not_there_has_no_lines(started, tmp_path):
+    assert read_log(tmp_path) == []
+    started.log(phase="frozen", l2=0.1)
+    assert started.read_log() == read_log(started.path) == [{"phase": "frozen", "l2": 0.1}]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", ".hidden", "other.txt"])

@@ -50,16 +50,16 @@ def decode_stream(
     """Look at every film of a stream once, divide it, and decode what is held out.
 
     Two passes over the shards: one that writes labels, ids and the facts of each film (10 KB) to the cache; and one
-    that writes the decoded films of validation and test there, which are read again and again. Those of train are
+    that writes the decoded films of all splits but train there, which are read again and again. Those of train are
     decoded anew in every epoch.
 
     Args:
         image_size, cache_dir, reduced, on_unreadable: as `decode_once`.
-        divide: makes train, validation and test of the rows that the first pass wrote.
+        divide: makes train and the other splits of the rows that the first pass wrote.
         num_workers: processes that decode; more than there are shards are of no use.
 
     Returns:
-        train (label, ids, `film`; no `pixels`), validation and test (the same and `pixels`); and the stream of train.
+        train (label, ids, `film`; no `pixels`), the other splits (the same and `pixels`); and the stream of train.
 
     Raises:
         ValueError: films that can't be read, unless `on_unreadable` takes them; or whatever `divide` refuses.
@@ -85,7 +85,7 @@ def decode_stream(
         shards = [rows for given, rows in stream.splits.items() if image_ids.intersection(facts[given]["image_id"][:])]
         return datasets.concatenate_datasets([rows.filter(_IsMember(image_ids)) for rows in shards])
 
-    for split in ("validation", "test"):
+    for split in sorted(splits.keys() - {"train"}):
         columns = datasets.Features({**splits[split].features, "pixels": datasets.Value("binary")})
         place = folder / f"{split}-{_name_of(splits[split])}"
         splits[split] = _write(members(split).map(decode), columns, place, num_workers)

@@ -1,27 +1,49 @@
-"""Results as text."""
+"""Results as text: Markdown tables from the content of metrics.json."""
 
 from typing import Any
 
-PHASES = ("frozen", "fine_tuned")
-SPLITS = ("train", "validation", "test")
+NOT_DEFINED = "not defined"
 
 
-def comparison_table(metrics: dict[str, Any]) -> str:
-    """Frozen beside fine-tuned, as Markdown, from the content of a run's metrics.json."""
-    columns = [(phase, split) for phase in PHASES for split in SPLITS]
-    names = [name for name in metrics[PHASES[0]][SPLITS[0]] if name != "images"]
+def comparison_table(metrics: dict[str, Any], split: str = "test") -> str:
+    """The figures of a split with 95 % intervals, a column a model, and the difference if there are two models."""
+    models = metrics["models"]
+    table = {name.replace("_", "-"): model["splits"][split]["figures"] for name, model in models.items()}
+    if "comparison" in metrics:
+        table["difference"] = metrics["comparison"][split]["figures"]
     rows = [
-        [name.replace("_", " "), *[_four_digits(metrics[phase][split][name]) for phase, split in columns]]
-        for name in names
-    ]
-    rows.append(["images", *[str(metrics[phase][split]["images"]) for phase, split in columns]])
-    rows.append(
         [
-            "seconds to train",
-            *[f"{metrics[phase]['seconds']:.0f}" if split == "train" else "" for phase, split in columns],
+            figure.replace("_", " "),
+            *[figure_text(its[figure], signed=name == "difference") for name, its in table.items()],
         ]
-    )
-    return markdown_table(["", *[f"{phase.replace('_', '-')} {split}" for phase, split in columns]], rows)
+        for figure in next(iter(table.values()))
+    ]
+    return markdown_table(["", *table], rows)
+
+
+def operating_points_table(metrics: dict[str, Any], split: str = "test") -> str:
+    """The operating points of the last model: what they reached on validation, which chose them, and on a split."""
+    *_, model = metrics["models"].values()
+    rows = []
+    for target, result in model["splits"][split]["targets"].items():
+        for point, figures in result["operating_points"].items():
+            chosen = model["operating_points"][target][point]
+            at_choice = f"{chosen['sensitivity']:.3f} / {chosen['specificity']:.3f}"
+            shown = [figure_text(figures[name]) for name in ("sensitivity", "specificity", "ppv", "npv")]
+            rows.append([target, point, f"{chosen['threshold']:.3f}", at_choice, *shown])
+    header = ["", "point", "threshold", "validation sensitivity / specificity"]
+    return markdown_table([*header, "sensitivity", "specificity", "PPV", "NPV"], rows)
+
+
+def figure_text(figure: dict[str, Any], *, signed: bool = False) -> str:
+    """`0.945 (0.926 to 0.961)`; without an interval `0.945 (interval not defined)`."""
+    if figure["value"] is None:
+        return NOT_DEFINED
+    sign = "+" if signed else ""
+    value = f"{figure['value']:{sign}.3f}"
+    if figure["low"] is None:
+        return f"{value} (interval {NOT_DEFINED})"
+    return f"{value} ({figure['low']:{sign}.3f} to {figure['high']:{sign}.3f})"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -33,7 +55,3 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
-
-
-def _four_digits(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +56,13 @@ class DataArguments:
     num_folds: int | None = field(default=None, metadata={"help": "parts that train is dealt out to (10)"})
     fold: int | None = field(default=None, metadata={"help": "which part is held out for validation (0)"})
     split_file: str | None = field(default=None, metadata={"help": "split.csv of an earlier run, to be repeated"})
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": "kermany: official, pooled_by_image, pooled_by_patient or selected_on_test (official)"},
+    )
+    permute_labels: bool = field(
+        default=False, metadata={"help": "a control run: train and validation get noise for labels"}
+    )
     task: str | None = field(default=None, metadata={"help": "chestxray14: findings, or pneumonia (CheXNet's)"})
     num_patients: int | None = field(default=None, metadata={"help": "synthetic: patients to draw (300)"})
     image_column: str | None = field(default=None, metadata={"help": "table: path or bytes of the film (image)"})
@@ -63,6 +71,13 @@ class DataArguments:
     )
     label_names: list[str] = field(
         default_factory=list, metadata={"help": "table, imagefolder: classes, index 0 first (sorted)"}
+    )
+    label_values: list[str] = field(
+        default_factory=list,
+        metadata={"help": "table: value=CLASS for each value that names a class; films with others are left out"},
+    )
+    subgroup_columns: list[str] = field(
+        default_factory=list, metadata={"help": "table: what divides the films into subgroups, such as age or view"}
     )
     patient_column: str | None = field(default=None, metadata={"help": "table: (patient_id); '' if there is none"})
     patient_pattern: str | None = field(
@@ -99,6 +114,7 @@ class DataArguments:
             "a folder, a file or a Hub id (and nothing for data.format synthetic)",
         )
         _require(not self.streaming or self.format == "table", "data.format", self.format, "table, for data.streaming")
+        _require(not (self.permute_labels and self.streaming), "data.permute_labels", True, "false, for data.streaming")
         _require(self.fold is None or self.split_file is None, "data.fold", self.fold, "nothing beside data.split_file")
         _require_at_least(self, "data", num_workers=0)
 
@@ -179,12 +195,42 @@ class FineTuningArguments:
 
 
 @dataclass
+class EvaluationArguments:
+    """What is measured in the end, and on what."""
+
+    perturbed_views: int = field(
+        default=0,
+        metadata={
+            "help": "temperature and operating points come from this many augmented views of each validation film; "
+            "0: from the films as they are"
+        },
+    )
+    external: str | None = field(
+        default=None, metadata={"help": "YAML file whose data section names films of another source to test on"}
+    )
+    external_source: str | None = field(default=None, metadata={"help": "its data.source, where that is elsewhere"})
+    resamples: int = field(default=2000, metadata={"help": "of the patients, for the intervals"})
+    report: bool = field(default=True, metadata={"help": "draw report.html (needs the extra `report`)"})
+
+    def __post_init__(self):
+        _require_at_least(self, "evaluation", perturbed_views=0, resamples=100)
+        allowed = self.external_source is None or self.external is not None
+        _require(allowed, "evaluation.external_source", self.external_source, "nothing without evaluation.external")
+        if self.report and (lacking := [name for name in ("matplotlib", "captum") if find_spec(name) is None]):
+            raise ValueError(
+                f"evaluation.report needs {lacking[0]}: pip install 'cxr-backbone[report]'; without: "
+                "--evaluation.report false"
+            )
+
+
+@dataclass
 class Arguments:
     run: RunArguments
     data: DataArguments
     model: ModelArguments
     frozen: FrozenArguments
     fine_tuning: FineTuningArguments
+    evaluation: EvaluationArguments
 
 
 def parse_arguments(argv: list[str]) -> Arguments:

@@ -54,12 +54,16 @@ def run_through(
     *,
     batch_size: int,
     desc: str,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `forward` makes of the `pixel_values` of each batch, without gradients, float32 on the CPU, and the labels
     beside it.
 
     Each process does its share, and all get the whole. Rows of a `Dataset` come back in its order; a stream that
     several processes read comes back one process's share after the other's.
+
+    Args:
+        change: makes other images of a batch of images in [0, 1] (batch, 1, height, width), before they are normalised.
 
     Raises:
         ValueError: there are too few films, or shards with any, for so many processes.
@@ -74,7 +78,8 @@ def run_through(
     loader: DataLoader = DataLoader(share, batch_size=batch_size, collate_fn=_collate, num_workers=workers)
     results, labels = [], []
     for batch in tqdm(loader, desc=desc, disable=None if accelerator.is_main_process else True, leave=False):
-        pixel_values = to_pixel_values(to_images(batch["pixels"].to(accelerator.device)), image_processor)
+        images = to_images(batch["pixels"].to(accelerator.device))
+        pixel_values = to_pixel_values(change(images) if change else images, image_processor)
         with torch.no_grad(), accelerator.autocast():
             results.append(forward(pixel_values).float())
         labels.append(batch["label"].to(accelerator.device))

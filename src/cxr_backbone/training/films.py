@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict
 
+from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
+from cxr_backbone.data.audit import audit, leaks, summary
 from cxr_backbone.data.decoding import decode_once
-from cxr_backbone.data.labels import is_multi_label, label_counts, labels_of
+from cxr_backbone.data.labels import is_multi_label, label_counts, label_names, labels_of
 from cxr_backbone.data.shards import Stream, open_stream
 from cxr_backbone.data.sources import check_options, load_films
-from cxr_backbone.data.splits import complete_splits, repeat_split
+from cxr_backbone.data.splits import all_films, complete_splits, permute_labels, repeat_split
 from cxr_backbone.data.streaming import FilmStream, decode_stream
-from cxr_backbone.training.arguments import DataArguments
+from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, parse_arguments
 from cxr_backbone.training.hardware import join_processes
 
 # Fields of the data section that say what is done with the films, whatever their source.
@@ -28,6 +31,7 @@ NOT_FOR_LOADERS = {
     "unreadable",
     "allow_leaks",
     "cache_dir",
+    "permute_labels",
 }
 SPLITTING = {"num_folds", "fold"}
 
@@ -36,15 +40,31 @@ SPLITTING = {"num_folds", "fold"}
 class Films:
     """Decoded films.
 
-    splits: train, validation and test, with labels, ids and the facts that the audit reads; `pixels` too, but for the
-        train split of a stream.
+    splits: train, validation and test, with labels, ids and the facts that the audit reads; `pixels` only of
+        validation, and of train unless it is a stream.
     train: what training reads: the train split, or its stream.
+    train_sample: films drawn at random from train, as many as validation has, to measure the model on.
+    sealed_test: the test split with its `pixels`; `open_test` hands it out.
     unreadable: path and reason of each film that was left out.
     """
 
     splits: DatasetDict
     train: Dataset | FilmStream
+    train_sample: Dataset
+    sealed_test: Dataset = field(repr=False)
     unreadable: dict[str, str] = field(default_factory=dict)
+
+    def open_test(self, *configs: CXRInceptionConfig) -> Dataset:
+        """The test split with its pixels, for models that have nothing left to choose.
+
+        Raises:
+            RuntimeError: a model has no temperature or no operating points yet; they come from validation.
+        """
+        if not configs or any(config.temperature is None or config.operating_points is None for config in configs):
+            raise RuntimeError(
+                "The test split opens after the temperature and the operating points of each model are fixed."
+            )
+        return self.sealed_test
 
 
 def open_films(data: DataArguments, *, image_size: int, seed: int) -> DatasetDict | Stream:
@@ -64,7 +84,7 @@ def open_films(data: DataArguments, *, image_size: int, seed: int) -> DatasetDic
     films = load_films(data.format, seed=seed, image_size=image_size, **options)
     if data.split_file is not None:
         films = repeat_split(films, Path(data.split_file))
-    return films
+    return permute_labels(films, seed) if data.permute_labels else films
 
 
 def decode_films(opened: DatasetDict | Stream, data: DataArguments, *, image_size: int, seed: int) -> Films:
@@ -84,12 +104,82 @@ def decode_films(opened: DatasetDict | Stream, data: DataArguments, *, image_siz
             divide: Callable[[DatasetDict], DatasetDict] = partial(complete_splits, **folds, seed=seed)
             if data.split_file is not None:
                 divide = partial(repeat_split, path=Path(data.split_file))
-            splits, train = decode_stream(opened, image_size, divide, num_workers=data.num_workers, **settings)
+
+            def divide_and_sample(films: DatasetDict) -> DatasetDict:
+                splits = divide(films)
+                return DatasetDict({**splits, "train_sample": _sample(splits["train"], len(splits["validation"]))})
+
+            splits, train = decode_stream(
+                opened, image_size, divide_and_sample, num_workers=data.num_workers, **settings
+            )
+            train_sample = splits.pop("train_sample")
         else:
             settings["num_proc"] = data.num_workers or None
             splits = DatasetDict({name: decode_once(rows, image_size, **settings) for name, rows in opened.items()})
             train = splits["train"]
-    return Films(splits, train, unreadable)
+            train_sample = _sample(train, len(splits["validation"]))
+    sealed_test = splits["test"]
+    splits["test"] = sealed_test.remove_columns("pixels")
+    return Films(splits, train, train_sample, sealed_test, unreadable)
+
+
+def decode_external(evaluation: EvaluationArguments, label_names: list[str], *, image_size: int) -> dict[str, Dataset]:
+    """All films of the set that `evaluation.external` names, whatever their split, under `external <file name>`;
+    nothing if it names none.
+
+    Raises:
+        FileNotFoundError: no such YAML file, or as the loader.
+        ValueError: the labels of the set are not those of the model, films can't be read, or as the loader.
+    """
+    if evaluation.external is None:
+        return {}
+    source = ["--data.source", evaluation.external_source] if evaluation.external_source else []
+    data = parse_arguments([evaluation.external, "--run.output_dir", "unused", *source]).data
+    opened = open_films(data, image_size=image_size, seed=0)
+    if isinstance(opened, Stream):
+        raise ValueError(f"{evaluation.external}: data.streaming has no place in an external set.")
+    films = all_films(opened)
+    check_labels(films, label_names, evaluation.external)
+    with join_processes().main_process_first():
+        decoded = decode_once(
+            films,
+            image_size,
+            data.cache_dir,
+            reduced=data.decoding == "reduced",
+            num_proc=data.num_workers or None,
+        )
+    return {f"external {Path(evaluation.external).stem}": decoded}
+
+
+def audit_films(films: Films, data: DataArguments) -> dict[str, Any]:
+    """What the films tell on themselves (`data.audit.audit`), printed in short; the same on every process.
+
+    Raises:
+        ValueError: a patient or a film stands in two splits, and `data.allow_leaks` doesn't say that it may.
+    """
+    is_main_process = join_processes().is_main_process
+    (report,) = broadcast_object_list([audit(films.splits, films.unreadable) if is_main_process else None])
+    if is_main_process:
+        print(summary(report))
+    for kind, sentence in leaks(report).items():
+        if kind not in data.allow_leaks:
+            raise ValueError(
+                f"{sentence} Look at them with recipes/audit.py; to go on all the same: --data.allow_leaks {kind}"
+            )
+    return report
+
+
+def check_labels(films: Dataset, model_labels: list[str], source: str) -> None:
+    """A model can be tested on films that have its labels, in its order.
+
+    Raises:
+        ValueError: they have others.
+    """
+    if (found := label_names(films.features)) != model_labels:
+        raise ValueError(
+            f"{source} has the labels {', '.join(found)}, and the model {', '.join(model_labels)}; expected the same, "
+            "in the same order. For a table, data.label_values says what its values mean."
+        )
 
 
 def check_classes(splits: DatasetDict, data: DataArguments) -> None:
@@ -107,3 +197,9 @@ def check_classes(splits: DatasetDict, data: DataArguments) -> None:
         for name, count in label_counts(rows).items():
             if count == 0:
                 raise ValueError(f"data.source: the {split} split of {data.source} has no image of class {name}.")
+
+
+def _sample(films: Dataset, number: int) -> Dataset:
+    """As many films, drawn at random, in their order."""
+    drawn = np.random.default_rng(0).permutation(len(films))[:number]
+    return films.select(np.sort(drawn))

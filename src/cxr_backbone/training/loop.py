@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -23,24 +23,34 @@ SEEDS_A_RUN = 1_000_003  # steps that get an augmentation seed of their own befo
 
 
 def predict(
-    model: nn.Module,
+    model: CXRInceptionForImageClassification,
     films: Dataset | FilmStream,
     image_processor: CXRInceptionImageProcessor,
     accelerator: Accelerator,
     *,
     batch_size: int,
+    change: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (images, num_labels) in eval mode, float32 on the CPU, and the labels beside them, in the order of
-    `batches.run_through`."""
+    `batches.run_through`, which also says what `change` is.
+
+    The head runs in float32 whatever the backbone does: logits of bfloat16 have three digits, and scores would tie."""
+
+    def forward(pixel_values: Tensor) -> Tensor:
+        features = model.cxr_inception(pixel_values).pooler_output
+        with torch.autocast(features.device.type, enabled=False):
+            return model.classifier(features.float())
+
     was_training = model.training
     model.eval()
     logits, labels = run_through(
-        lambda pixel_values: model(pixel_values).logits,
+        forward,
         films,
         image_processor,
         accelerator,
         batch_size=batch_size,
         desc="predict",
+        change=change,
     )
     model.train(was_training)
     return logits, labels
@@ -72,10 +82,11 @@ def train(
     *,
     seed: int,
     log: Callable[..., None],
-    save: Callable[[CXRInceptionForImageClassification], None],
+    save: Callable[[CXRInceptionForImageClassification, int, bool], None],
 ) -> None:
-    """Train all weights that ask for gradients, and `save` the averaged model each time its validation loss is the
-    lowest so far. It is saved before the first step too: fine-tuning that never helps leaves what it started from.
+    """Train all weights that ask for gradients, and at each evaluation `save` the averaged model, with the steps it
+    took and whether its validation loss is the lowest so far. It is saved before the first step too: fine-tuning that
+    never helps leaves what it started from.
 
     Raises:
         RuntimeError: if a loss is NaN or infinite. What was saved before stays.
@@ -83,6 +94,7 @@ def train(
     loader = training_loader(train_films, arguments.batch_size, accelerator, seed=seed)
     # Copied before `prepare`, which patches the forward method of what it is given.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
+    averaged = cast(CXRInceptionForImageClassification, average.module)
     model, optimizer = accelerator.prepare(model, optimizer)
     steps_per_epoch = len(loader)
     # `accumulate` steps at an epoch's last batch too, however few came before it.
@@ -100,7 +112,7 @@ def train(
         """Look at validation after so many steps; True if training should stop."""
         nonlocal lowest, evaluations_since
         logits, labels = predict(
-            average.module, validation_films, image_processor, accelerator, batch_size=arguments.batch_size
+            averaged, validation_films, image_processor, accelerator, batch_size=arguments.batch_size
         )
         loss = plain_loss(logits, labels).item()
         train_loss = torch.stack(losses).mean().item() if losses else None
@@ -113,9 +125,9 @@ def train(
             validation_loss=loss,
         )
         evaluations_since += 1
-        if loss < lowest:
+        if is_best := loss < lowest:
             lowest, evaluations_since = loss, 0
-            save(cast(CXRInceptionForImageClassification, average.module))
+        save(averaged, steps, is_best)
         return evaluations_since >= arguments.patience
 
     evaluate(0)

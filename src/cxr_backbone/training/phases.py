@@ -92,9 +92,9 @@ def fine_tune(
     *,
     seed: int,
     log: Callable[..., None],
-    save: Callable[[CXRInceptionForImageClassification], None],
+    save: Callable[[CXRInceptionForImageClassification, int, bool], None],
 ) -> None:
-    """Phase two: train the whole network, lower stages at lower rates, and `save` the best by validation loss."""
+    """Phase two: train the whole network, lower stages at lower rates; `save` is called as `loop.train` says."""
     model.unfreeze_backbone()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:

@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import nn
 
 from cxr_backbone.data.audit_page import write_audit_page
 from cxr_backbone.data.splits import write_split
+from cxr_backbone.evaluation.predictions import Predictions
 from cxr_backbone.training.arguments import Arguments
 from cxr_backbone.training.films import Films
 
@@ -44,7 +48,8 @@ class RunDirectory:
     config.yaml (resolved), environment.json, split.csv (which film is on which side; `data.split_file` of another run
     takes it), audit.json and audit.html (what the data told on themselves), unreadable.csv (films that were skipped,
     if any), log.jsonl (a line a step and a line an evaluation), frozen/ and fine_tuned/ (the two models; the pipeline
-    opens either), metrics.json.
+    opens either), metrics.json, predictions/ (Parquet, a file for each model and split), report.html and figures/.
+    Until the test split is opened, checkpoints/ has the weights of each evaluation.
 
     Raises:
         ValueError: if the directory already holds files; a run never overwrites another.
@@ -64,8 +69,8 @@ class RunDirectory:
         return self.path / "fine_tuned"
 
     @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.json"
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
 
     def start(self, arguments: Arguments, films: Films, report: dict[str, Any], accelerator: Accelerator) -> None:
         """Write what is known before training; `report` is the audit of the films."""
@@ -85,6 +90,20 @@ class RunDirectory:
             with (self.path / "unreadable.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("path", "reason"), *films.unreadable.items()])
 
+    def write_results(self, metrics: dict[str, Any], predictions: Mapping[str, Mapping[str, Predictions]]) -> None:
+        """metrics.json, and predictions/<model> <split>.parquet."""
+        (self.path / "predictions").mkdir(parents=True, exist_ok=True)
+        for model, splits in predictions.items():
+            for split, said in splits.items():
+                said.write(self.path / "predictions" / f"{model} {split}.parquet")
+        self.write_json(self.path / "metrics.json", metrics)
+
+    def keep_checkpoint(self, model: nn.Module, steps: int) -> None:
+        """Keep the weights after so many steps, for the losses of each checkpoint in the end."""
+        self.checkpoints.mkdir(exist_ok=True)
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, self.checkpoints / f"{steps:09d}.safetensors")
+
     def log(self, **values: Any) -> None:
         """Add a line to log.jsonl; what holds a validation loss is shown as well."""
         if "validation_loss" in values:
@@ -93,9 +112,18 @@ class RunDirectory:
         with (self.path / "log.jsonl").open("a") as file:
             file.write(json.dumps(values) + "\n")
 
+    def read_log(self) -> list[dict[str, Any]]:
+        return read_log(self.path)
+
     @staticmethod
     def write_json(path: Path, content: Any) -> None:
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl, oldest first; none if there is no such file."""
+    file = folder / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _version(package: str) -> str | None:

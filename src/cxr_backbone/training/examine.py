@@ -1,0 +1,192 @@
+"""The end of a run: what validation decides, then every figure on every split. Two recipes share it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.data.labels import label_names
+from cxr_backbone.data.subgroups import subgroups_of
+from cxr_backbone.evaluation.calibration import fit_temperature, fold_temperature
+from cxr_backbone.evaluation.operating_points import choose_operating_points
+from cxr_backbone.evaluation.predictions import Predictions
+from cxr_backbone.evaluation.report import comparison_table, operating_points_table
+from cxr_backbone.evaluation.results import examine
+from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
+from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
+from cxr_backbone.training.arguments import EvaluationArguments
+from cxr_backbone.training.augmentation import Augmentation
+from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.loop import SEEDS_A_RUN, plain_loss, predict
+from cxr_backbone.training.state import RunDirectory
+
+if TYPE_CHECKING:
+    from cxr_backbone.evaluation.saliency import SalientFilm
+
+
+class Examiner:
+    """Asks models about films, and writes down what comes of it.
+
+    Args:
+        batch_size: films a forward pass.
+        seed: of perturbed views and of the resamples.
+    """
+
+    def __init__(
+        self,
+        image_processor: CXRInceptionImageProcessor,
+        accelerator: Accelerator,
+        arguments: EvaluationArguments,
+        *,
+        batch_size: int,
+        seed: int,
+    ):
+        self.image_processor, self.accelerator, self.arguments = image_processor, accelerator, arguments
+        self.batch_size, self.seed = batch_size, seed
+
+    def load(self, folder: str | Path) -> CXRInceptionForImageClassification:
+        """A saved model, ready to predict."""
+        model = CXRInceptionForImageClassification.from_pretrained(folder).eval()
+        return model.to(self.accelerator.device, memory_format=torch.channels_last)
+
+    def settle(self, model: CXRInceptionForImageClassification, validation: Dataset) -> None:
+        """Fix the temperature and the operating points of a model, in place, by what it says of validation.
+
+        With `evaluation.perturbed_views` it is asked about so many views of each film instead, at full strength of
+        `Augmentation`. A validation split that a model separates (almost) perfectly says little about where a threshold
+        should be; such views are harder.
+        """
+        augmentation, seeds = Augmentation(1.0), itertools.count(self.seed * SEEDS_A_RUN)
+        views = [
+            self.predictions(model, validation, change=lambda images: augmentation(images, seed=next(seeds)))
+            for _ in range(self.arguments.perturbed_views)
+        ] or [self.predictions(model, validation)]
+        asked = replace(
+            views[0],
+            labels=np.concatenate([view.labels for view in views]),
+            logits=np.concatenate([view.logits for view in views]),
+            image_ids=views[0].image_ids * len(views),
+            patient_ids=views[0].patient_ids * len(views),
+            groups={},
+        )
+        temperature = fit_temperature(asked.logits, asked.labels)
+        fold_temperature(model, temperature)
+        calibrated = replace(asked, logits=asked.logits / np.asarray(temperature))
+        model.config.operating_points = choose_operating_points(calibrated)
+
+    def predictions(self, model: CXRInceptionForImageClassification, films: Dataset, **options: Any) -> Predictions:
+        """What a model says of films."""
+        logits, labels = self._predict(model, films, **options)
+        return Predictions(
+            names=label_names(films.features),
+            labels=labels.numpy(),
+            logits=logits.double().numpy(),
+            image_ids=films["image_id"][:],
+            patient_ids=films["patient_id"][:],
+            groups=subgroups_of(films),
+        )
+
+    def ask(
+        self, models: Mapping[str, CXRInceptionForImageClassification], splits: Mapping[str, Dataset]
+    ) -> dict[str, dict[str, Predictions]]:
+        """What each model says of each split."""
+        return {
+            name: {split: self.predictions(model, films) for split, films in splits.items()}
+            for name, model in models.items()
+        }
+
+    def checkpoint_losses(
+        self, folder: Path, model: CXRInceptionForImageClassification, splits: Mapping[str, Dataset]
+    ) -> list[dict[str, Any]]:
+        """The loss (nats) on each split of each checkpoint of `RunDirectory.keep_checkpoint`, oldest first.
+
+        Args:
+            model: takes up the weights of each checkpoint in turn, and keeps those of the last.
+        """
+        lines = []
+        for file in sorted(folder.iterdir()):
+            model.load_state_dict(load_file(file))
+            losses = {split: plain_loss(*self._predict(model, films)).item() for split, films in splits.items()}
+            lines.append({"after_steps": int(file.stem), **losses})
+        return lines
+
+    def write(
+        self,
+        run: RunDirectory,
+        models: Mapping[str, CXRInceptionForImageClassification],
+        predictions: Mapping[str, Mapping[str, Predictions]],
+        test: Dataset,
+        *,
+        log: list[dict[str, Any]],
+        seconds: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Write metrics.json, the predictions and the report to the run directory, and print the main tables.
+
+        Args:
+            log: of the training, `RunDirectory.read_log`; may be empty.
+            seconds: that each model took to train.
+        """
+        configs = {name: model.config for name, model in models.items()}
+        metrics = examine(configs, predictions, resamples=self.arguments.resamples, seed=self.seed)
+        for name, its_seconds in seconds.items():
+            metrics["models"][name]["seconds"] = its_seconds
+        if any(line["phase"] == "checkpoints" for line in log):
+            metrics["overfitting"] = overfitting(log)
+        run.write_results(metrics, predictions)
+        print(comparison_table(metrics))
+        print(operating_points_table(metrics))
+        if self.arguments.report:
+            # Not before: matplotlib and captum, which it needs, come with the extra `report`.
+            from cxr_backbone.evaluation.report_page import write_report
+
+            *_, (name, model) = models.items()
+            salient = self._salient_films(model, predictions[name]["test"], test)
+            print(f"The report: {write_report(run.path, metrics, predictions, log=log, saliency=salient)}")
+
+    def _salient_films(
+        self, model: CXRInceptionForImageClassification, said: Predictions, test: Dataset
+    ) -> list[SalientFilm]:
+        """The test films that say most about a model, asked for its most frequent target."""
+        from cxr_backbone.evaluation.saliency import choose_films, salient_films
+
+        target = max(said.targets, key=lambda target: said.question(target)[1].sum())
+        chosen = choose_films(said, target)
+        pixels = stack_pixels([test[film] for films in chosen.values() for film in films])  # (films, size, size)
+        images = to_images(torch.from_numpy(pixels).unsqueeze(1))
+        pixel_values = to_pixel_values(images, self.image_processor)
+        return salient_films(model, said, target, chosen, pixels, pixel_values)
+
+    def _predict(
+        self, model: CXRInceptionForImageClassification, films: Dataset, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        return predict(model, films, self.image_processor, self.accelerator, batch_size=self.batch_size, **options)
+
+
+def overfitting(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """From a run's log: the losses of each checkpoint, and of the chosen one the gap from train to validation."""
+    measured = {line["after_steps"]: line for line in log if line["phase"] == "checkpoints"}
+    curve = [
+        {
+            "after_steps": line["after_steps"],
+            "epoch": line["epoch"],
+            "train": measured[line["after_steps"]]["train"],
+            "validation": line["validation_loss"],
+            "test": measured[line["after_steps"]]["test"],
+        }
+        for line in log
+        if line["phase"] == "fine_tuning" and "after_steps" in line
+    ]
+    chosen = min(curve, key=lambda line: line["validation"])
+    return {"curve": curve, "chosen": chosen["after_steps"], "gap": chosen["validation"] - chosen["train"]}

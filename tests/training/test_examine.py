@@ -1,0 +1,110 @@
+"""What validation decides, and what is made of it."""
+
+import numpy as np
+import pytest
+import torch
+from narrow import PROCESSOR, accelerator, tiny_model
+from safetensors.torch import save_file
+from sklearn.metrics import log_loss
+
+from cxr_backbone.evaluation.calibration import fit_temperature
+from cxr_backbone.evaluation.operating_points import choose_operating_points
+from cxr_backbone.training.arguments import EvaluationArguments
+from cxr_backbone.training.examine import Examiner, overfitting
+
+
+def examiner(**arguments):
+    return Examiner(PROCESSOR, accelerator(), EvaluationArguments(**arguments), batch_size=8, seed=0)
+
+
+@pytest.fixture
+def model(phantoms):
+    """Untrained, but for a last layer that makes its logits spread."""
+    model = tiny_model(id2label=dict(enumerate(phantoms["train"].features["label"].names))).eval()
+    with torch.no_grad():
+        model.classifier.output_layer.weight *= 30
+    return model
+
+
+def test_predictions_have_the_ids_the_labels_and_the_logits_of_their_films(phantoms, model):
+    said = examiner().predictions(model, phantoms["test"])
+    assert said.image_ids == phantoms["test"]["image_id"][:] and said.patient_ids == phantoms["test"]["patient_id"][:]
+    assert said.labels.tolist() == phantoms["test"]["label"][:]
+    alone = examiner().predictions(model, phantoms["test"].select([3]))
+    np.testing.assert_allclose(alone.logits[0], said.logits[3], rtol=1e-4)
+
+
+def test_temperature_and_operating_points_come_from_validation(phantoms, model):
+    raw = examiner().predictions(model, phantoms["validation"])
+    examiner().settle(model, phantoms["validation"])
+    assert model.config.temperature == pytest.approx(fit_temperature(raw.logits, raw.labels), rel=1e-3)
+    settled = examiner().predictions(model, phantoms["validation"])
+    np.testing.assert_allclose(settled.logits * model.config.temperature, raw.logits, rtol=1e-3, atol=1e-3)
+    assert log_loss(settled.labels, settled.scores) <= log_loss(raw.labels, raw.scores)
+    expected = choose_operating_points(settled)["PNEUMONIA"]
+    for name, point in model.config.operating_points["PNEUMONIA"].items():
+        assert point["threshold"] == pytest.approx(expected[name]["threshold"], abs=1e-3)
+
+
+def test_perturbed_views_are_asked_for_instead_and_are_the_same_each_time(phantoms, model):
+    decided = []
+    for views in (0, 3, 3):
+        copy = tiny_model(id2label=model.config.id2label).eval()
+        copy.load_state_dict(model.state_dict())
+        examiner(perturbed_views=views).settle(copy, phantoms["validation"])
+        decided.append((copy.config.temperature, copy.config.operating_points))
+    films = len(phantoms["validation"])
+    assert [points["PNEUMONIA"]["youden"]["films"] for _, points in decided] == [films, 3 * films, 3 * films]
+    thresholds = [points["PNEUMONIA"]["youden"]["threshold"] for _, points in decided]
+    assert thresholds[0] != thresholds[1] and decided[1] == decided[2]
+
+
+def test_a_model_is_settled_once(phantoms, model):
+    examiner().settle(model, phantoms["validation"])
+    with pytest.raises(ValueError, match=r"divided by .* already"):
+        examiner().settle(model, phantoms["validation"])
+
+
+def test_every_checkpoint_is_measured_on_every_split(phantoms, model, tmp_path):
+    expected = []
+    for steps, factor in ((20, 1.0), (100, 0.5)):
+        with torch.no_grad():
+            model.classifier.output_layer.weight *= factor
+        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, tmp_path / f"{steps:09d}.safetensors")
+        said = {split: examiner().predictions(model, phantoms[split]) for split in ("train", "test")}
+        expected.append({split: pytest.approx(log_loss(it.labels, it.scores), rel=1e-4) for split, it in said.items()})
+    lines = examiner().checkpoint_losses(tmp_path, model, {split: phantoms[split] for split in ("train", "test")})
+    assert lines == [{"after_steps": 20, **expected[0]}, {"after_steps": 100, **expected[1]}]
+
+
+LOG = [
+    {"phase": "frozen", "l2": 0.1, "validation_loss": 0.1},
+    {"phase": "fine_tuning", "after_steps": 0, "epoch": 0, "validation_loss": 0.9},
+    {"phase": "fine_tuning", "step": 0, "train_loss": 3.0},
+    {"phase": "fine_tuning", "after_steps": 5, "epoch": 1, "validation_loss": 0.4},
+    {"phase": "fine_tuning", "after_steps": 10, "epoch": 2, "validation_loss": 0.5},
+    {"phase": "checkpoints", "after_steps": 0, "train": 0.8, "test": 0.95},
+    {"phase": "checkpoints", "after_steps": 5, "train": 0.3, "test": 0.7},
+    {"phase": "checkpoints", "after_steps": 10, "train": 0.1, "test": 0.6},
+]
+
+
+def test_the_gap_is_that_of_the_checkpoint_which_validation_chose():
+    found = overfitting(LOG)
+    assert found["chosen"] == 5 and found["gap"] == pytest.approx(0.1)
+    assert found["curve"][2] == {"after_steps": 10, "epoch": 2, "train": 0.1, "validation": 0.5, "test": 0.6}
+    assert len(found["curve"]) == 3
+
+
+def test_findings_with_unknown_labels_are_settled_too(phantoms):
+    rows = phantoms["validation"]
+    findings = [
+        {"opacity": float(label), "rare": float("nan") if film % 2 else 0.0}
+        for film, label in enumerate(rows["label"][:])
+    ]
+    rows = rows.remove_columns("label").add_column("label", findings)
+    model = tiny_model(2, problem_type="multi_label_classification", id2label={0: "opacity", 1: "rare"}).eval()
+    examiner().settle(model, rows)
+    assert len(model.config.temperature) == 2 and model.config.temperature[1] == 1.0
+    assert set(model.config.operating_points) == {"opacity"}
