@@ -114,7 +114,7 @@ def test_the_gap_of_the_chosen_checkpoint_is_told(page):
 
 
 def test_subgroups_and_outside_stand_beside_the_whole(page):
-    assert "sex: F 60" in page.text and "sex: M 60" in page.text
+    assert page.text.count("sex: F 60") == page.text.count("sex: M 60") == 2  # inside and outside
     assert "figure test external nih films 120 120" in page.text
 
 
