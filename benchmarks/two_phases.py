@@ -17,7 +17,7 @@ from cxr_backbone.evaluation.report import figure_text, markdown_table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories, one a seed")
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories, one a seed, or those of evaluate.py")
     parser.add_argument("--permuted", type=Path, help="run directory of a training on permuted labels")
     arguments = parser.parse_args()
     runs = {run.name: json.loads((run / "metrics.json").read_text()) for run in arguments.runs}
@@ -64,6 +64,8 @@ def auroc_table(runs: dict[str, Any], split: str) -> str:
 def overfitting_table(runs: dict[str, Any]) -> str:
     rows = []
     for name, run in runs.items():
+        if "overfitting" not in run:  # the results of evaluate.py, which trains nothing
+            continue
         curve = run["overfitting"]["curve"]
         (kept,) = (line for line in curve if line["after_steps"] == run["overfitting"]["chosen"])
         aurocs = [figures_of(run, "fine_tuned", split)["auroc"]["value"] for split in ("train", "validation")]

@@ -57,7 +57,7 @@ def main() -> None:
     models = {name_of(source, given): examiner.load(source) for source in (given.compare, given.model) if source}
     validation = films.splits["validation"]
     for name, model in models.items():
-        if model.config.operating_points is None:
+        if model.config.temperature is None or model.config.operating_points is None:
             examiner.settle(model, validation)
             if accelerator.is_main_process:
                 model.save_pretrained(run.path / "settled" / name)
@@ -101,9 +101,9 @@ def prepare(given, others):
 
 
 def name_of(source, given):
-    """The last part of a folder or Hub id, unless both models have the same."""
+    """The last part of a folder or Hub id; all of it if both models have the same. Files are called so, too."""
     names = [Path(each).name for each in (given.model, given.compare) if each]
-    return Path(source).name if len(set(names)) == len(names) else source
+    return Path(source).name if len(set(names)) == len(names) else source.strip("/").replace("/", "-")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_python_of_the_readme_runs(tmp_path):
     folder = tmp_path / "runs/sample/fine_tuned"
-    config = CXRInceptionConfig(depth_multiplier=0.1, image_size=75, id2label={0: "NORMAL", 1: "PNEUMONIA"})
+    labels = {"id2label": {0: "NORMAL", 1: "PNEUMONIA"}, "temperature": 1.0}
+    points = {"PNEUMONIA": {"sensitivity>=0.95": {"threshold": 0.3}}}
+    config = CXRInceptionConfig(depth_multiplier=0.1, image_size=75, operating_points=points, **labels)
     CXRInceptionForImageClassification(config).save_pretrained(folder)
     CXRInceptionImageProcessor(size={"height": 75, "width": 75}).save_pretrained(folder)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 80), dtype=np.uint8)).save(tmp_path / "chest.png")

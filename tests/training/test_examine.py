@@ -59,10 +59,14 @@ def test_perturbed_views_are_asked_for_instead_and_are_the_same_each_time(phanto
     assert thresholds[0] != thresholds[1] and decided[1] == decided[2]
 
 
-def test_a_model_is_settled_once(phantoms, model):
+def test_a_temperature_that_a_model_has_is_kept(phantoms, model):
     examiner().settle(model, phantoms["validation"])
-    with pytest.raises(ValueError, match=r"divided by .* already"):
-        examiner().settle(model, phantoms["validation"])
+    decided, weight = model.config.operating_points, model.classifier.output_layer.weight.clone()
+    model.config.operating_points = None
+    examiner().settle(model, phantoms["validation"])
+    assert torch.equal(model.classifier.output_layer.weight, weight)
+    for name, point in model.config.operating_points["PNEUMONIA"].items():
+        assert point["threshold"] == pytest.approx(decided["PNEUMONIA"][name]["threshold"], abs=1e-3)
 
 
 def test_every_checkpoint_is_measured_on_every_split(phantoms, model, tmp_path):

@@ -62,7 +62,8 @@ class Examiner:
         return model.to(self.accelerator.device, memory_format=torch.channels_last)
 
     def settle(self, model: CXRInceptionForImageClassification, validation: Dataset) -> None:
-        """Fix the temperature and the operating points of a model, in place, by what it says of validation.
+        """Fix the operating points of a model, and before them its temperature unless it has one, in place, by what it
+        says of validation.
 
         With `evaluation.perturbed_views` it is asked about so many views of each film instead, at full strength of
         `Augmentation`. A validation split that a model separates (almost) perfectly says little about where a threshold
@@ -81,10 +82,11 @@ class Examiner:
             patient_ids=views[0].patient_ids * len(views),
             groups={},
         )
-        temperature = fit_temperature(asked.logits, asked.labels)
-        fold_temperature(model, temperature)
-        calibrated = replace(asked, logits=asked.logits / np.asarray(temperature))
-        model.config.operating_points = choose_operating_points(calibrated)
+        if model.config.temperature is None:
+            temperature = fit_temperature(asked.logits, asked.labels)
+            fold_temperature(model, temperature)
+            asked = replace(asked, logits=asked.logits / np.asarray(temperature))
+        model.config.operating_points = choose_operating_points(asked)
 
     def predictions(self, model: CXRInceptionForImageClassification, films: Dataset, **options: Any) -> Predictions:
         """What a model says of films."""
