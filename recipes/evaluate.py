@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
 from transformers.utils.logging import disable_progress_bar
 
-from cxr_backbone import CXRInceptionConfig, CXRInceptionImageProcessor
+from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.examine import Examiner
 from cxr_backbone.training.films import (
@@ -37,36 +37,30 @@ from cxr_backbone.training.state import RunDirectory, read_log
 
 def main() -> None:
     given, others = parse_command_line(sys.argv[1:])
+    disable_progress_bar()  # of loading and saving
     try:
         arguments, run, films, external, report = prepare(given, others)
-        image_processor = CXRInceptionImageProcessor.from_pretrained(given.model)
+        use_threads(arguments.run.cpu_threads)
+        accelerator = Accelerator(mixed_precision=arguments.run.mixed_precision)
+        batch_size, seed = arguments.frozen.batch_size, arguments.run.seed
+        examiner = Examiner(accelerator, arguments.evaluation, batch_size=batch_size, seed=seed)
+        sources = [source for source in (given.compare, given.model) if source]
+        candidates = {name_of(source, sources): examiner.load(source) for source in sources}
     except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         sys.exit(f"evaluate.py: {' '.join(str(error).split())}")
 
-    disable_progress_bar()
-    use_threads(arguments.run.cpu_threads)
-    accelerator = Accelerator(mixed_precision=arguments.run.mixed_precision)
     run.start(arguments, films, report, accelerator)
-    examiner = Examiner(
-        image_processor,
-        accelerator,
-        arguments.evaluation,
-        batch_size=arguments.frozen.batch_size,
-        seed=arguments.run.seed,
-    )
-    models = {name_of(source, given): examiner.load(source) for source in (given.compare, given.model) if source}
     validation = films.splits["validation"]
-    for name, model in models.items():
-        if model.config.temperature is None or model.config.operating_points is None:
-            examiner.settle(model, validation)
+    for name, candidate in candidates.items():
+        if candidate.config.temperature is None or candidate.config.operating_points is None:
+            examiner.settle(candidate, validation)
             if accelerator.is_main_process:
-                model.save_pretrained(run.path / "settled" / name)
-                image_processor.save_pretrained(run.path / "settled" / name)
-    test = films.open_test(*(model.config for model in models.values()))
+                candidate.save(run.path / "settled" / name)
+    test = films.open_test(*(candidate.config for candidate in candidates.values()))
     splits = {"train": films.train_sample, "validation": validation, "test": test, **external}
-    predictions = examiner.ask(models, splits)
+    predictions = examiner.ask(candidates, splits)
     if accelerator.is_main_process:
-        examiner.write(run, models, predictions, test, log=read_log(Path(given.model).parent))
+        examiner.write(run, candidates, predictions, test, log=read_log(Path(given.model).parent))
 
 
 def parse_command_line(argv):
@@ -100,9 +94,9 @@ def prepare(given, others):
     return arguments, run, films, external, audit_films(films, arguments.data)
 
 
-def name_of(source, given):
-    """The last part of a folder or Hub id; all of it if both models have the same. Files are called so, too."""
-    names = [Path(each).name for each in (given.model, given.compare) if each]
+def name_of(source, sources):
+    """The last part of a folder or Hub id; all of it if two models have the same. Files are called so, too."""
+    names = [Path(each).name for each in sources]
     return Path(source).name if len(set(names)) == len(names) else source.strip("/").replace("/", "-")
 
 

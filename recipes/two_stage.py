@@ -24,7 +24,7 @@ from cxr_backbone.data.labels import is_multi_label, label_names
 from cxr_backbone.data.shards import Stream
 from cxr_backbone.hub import check_push_access, push_folder, write_card
 from cxr_backbone.training.arguments import parse_arguments
-from cxr_backbone.training.examine import Examiner
+from cxr_backbone.training.examine import Candidate, Examiner
 from cxr_backbone.training.features import extract_features
 from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
 from cxr_backbone.training.hardware import choose_precision, use_threads
@@ -116,22 +116,24 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     # Validation fixes the temperature and the operating points of both models. The test split does not open before.
-    examiner = Examiner(image_processor, accelerator, arguments.evaluation, batch_size=batch_size, seed=seed)
-    models = {folder.name: examiner.load(folder) for folder in (run.frozen, run.fine_tuned)}
-    for name, trained in models.items():
-        examiner.settle(trained, validation)
-        save(trained, run.path / name)
-    test = films.open_test(*(trained.config for trained in models.values()))
+    examiner = Examiner(accelerator, arguments.evaluation, batch_size=batch_size, seed=seed)
+    candidates = {folder.name: examiner.load(folder) for folder in (run.frozen, run.fine_tuned)}
+    for name, candidate in candidates.items():
+        examiner.settle(candidate, validation)
+        if accelerator.is_main_process:
+            candidate.save(run.path / name)
+    test = films.open_test(*(candidate.config for candidate in candidates.values()))
     splits = {"train": films.train_sample, "validation": validation, "test": test}
-    predictions = examiner.ask(models, splits | external)
+    predictions = examiner.ask(candidates, splits | external)
+    trained = Candidate(accelerator.unwrap_model(model), image_processor)
     measured = {"train": films.train_sample, "test": test}  # validation is in the log already
-    for line in examiner.checkpoint_losses(run.checkpoints, accelerator.unwrap_model(model), measured):
+    for line in examiner.checkpoint_losses(run.checkpoints, trained, measured):
         log(phase="checkpoints", **line)
 
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    examiner.write(run, models, predictions, test, log=run.read_log(), seconds=seconds)
+    examiner.write(run, candidates, predictions, test, log=run.read_log(), seconds=seconds)
     shutil.rmtree(run.checkpoints)
     write_card(run.path, run.fine_tuned, MODEL_CARD, arguments.run.hub_model_id or run.path.name)
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)

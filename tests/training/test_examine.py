@@ -7,50 +7,51 @@ from narrow import PROCESSOR, accelerator, tiny_model
 from safetensors.torch import save_file
 from sklearn.metrics import log_loss
 
+from cxr_backbone import CXRInceptionImageProcessor
 from cxr_backbone.evaluation.calibration import fit_temperature
 from cxr_backbone.evaluation.operating_points import choose_operating_points
 from cxr_backbone.training.arguments import EvaluationArguments
-from cxr_backbone.training.examine import Examiner, overfitting
+from cxr_backbone.training.examine import Candidate, Examiner, is_complete, overfitting
 
 
 def examiner(**arguments):
-    return Examiner(PROCESSOR, accelerator(), EvaluationArguments(**arguments), batch_size=8, seed=0)
+    return Examiner(accelerator(), EvaluationArguments(**arguments), batch_size=8, seed=0)
 
 
 @pytest.fixture
-def model(phantoms):
+def candidate(phantoms):
     """Untrained, but for a last layer that makes its logits spread."""
     model = tiny_model(id2label=dict(enumerate(phantoms["train"].features["label"].names))).eval()
     with torch.no_grad():
         model.classifier.output_layer.weight *= 30
-    return model
+    return Candidate(model, PROCESSOR)
 
 
-def test_predictions_have_the_ids_the_labels_and_the_logits_of_their_films(phantoms, model):
-    said = examiner().predictions(model, phantoms["test"])
+def test_predictions_have_the_ids_the_labels_and_the_logits_of_their_films(phantoms, candidate):
+    said = examiner().predictions(candidate, phantoms["test"])
     assert said.image_ids == phantoms["test"]["image_id"][:] and said.patient_ids == phantoms["test"]["patient_id"][:]
     assert said.labels.tolist() == phantoms["test"]["label"][:]
-    alone = examiner().predictions(model, phantoms["test"].select([3]))
+    alone = examiner().predictions(candidate, phantoms["test"].select([3]))
     np.testing.assert_allclose(alone.logits[0], said.logits[3], rtol=1e-4)
 
 
-def test_temperature_and_operating_points_come_from_validation(phantoms, model):
-    raw = examiner().predictions(model, phantoms["validation"])
-    examiner().settle(model, phantoms["validation"])
-    assert model.config.temperature == pytest.approx(fit_temperature(raw.logits, raw.labels), rel=1e-3)
-    settled = examiner().predictions(model, phantoms["validation"])
-    np.testing.assert_allclose(settled.logits * model.config.temperature, raw.logits, rtol=1e-3, atol=1e-3)
+def test_temperature_and_operating_points_come_from_validation(phantoms, candidate):
+    raw = examiner().predictions(candidate, phantoms["validation"])
+    examiner().settle(candidate, phantoms["validation"])
+    assert candidate.config.temperature == pytest.approx(fit_temperature(raw.logits, raw.labels), rel=1e-3)
+    settled = examiner().predictions(candidate, phantoms["validation"])
+    np.testing.assert_allclose(settled.logits * candidate.config.temperature, raw.logits, rtol=1e-3, atol=1e-3)
     assert log_loss(settled.labels, settled.scores) <= log_loss(raw.labels, raw.scores)
     expected = choose_operating_points(settled)["PNEUMONIA"]
-    for name, point in model.config.operating_points["PNEUMONIA"].items():
+    for name, point in candidate.config.operating_points["PNEUMONIA"].items():
         assert point["threshold"] == pytest.approx(expected[name]["threshold"], abs=1e-3)
 
 
-def test_perturbed_views_are_asked_for_instead_and_are_the_same_each_time(phantoms, model):
+def test_perturbed_views_are_asked_for_instead_and_are_the_same_each_time(phantoms, candidate):
     decided = []
     for views in (0, 3, 3):
-        copy = tiny_model(id2label=model.config.id2label).eval()
-        copy.load_state_dict(model.state_dict())
+        copy = Candidate(tiny_model(id2label=candidate.config.id2label).eval(), PROCESSOR)
+        copy.model.load_state_dict(candidate.model.state_dict())
         examiner(perturbed_views=views).settle(copy, phantoms["validation"])
         decided.append((copy.config.temperature, copy.config.operating_points))
     films = len(phantoms["validation"])
@@ -59,26 +60,26 @@ def test_perturbed_views_are_asked_for_instead_and_are_the_same_each_time(phanto
     assert thresholds[0] != thresholds[1] and decided[1] == decided[2]
 
 
-def test_a_temperature_that_a_model_has_is_kept(phantoms, model):
-    examiner().settle(model, phantoms["validation"])
-    decided, weight = model.config.operating_points, model.classifier.output_layer.weight.clone()
-    model.config.operating_points = None
-    examiner().settle(model, phantoms["validation"])
-    assert torch.equal(model.classifier.output_layer.weight, weight)
-    for name, point in model.config.operating_points["PNEUMONIA"].items():
+def test_a_temperature_that_a_model_has_is_kept(phantoms, candidate):
+    examiner().settle(candidate, phantoms["validation"])
+    decided, weight = candidate.config.operating_points, candidate.model.classifier.output_layer.weight.clone()
+    candidate.config.operating_points = None
+    examiner().settle(candidate, phantoms["validation"])
+    assert torch.equal(candidate.model.classifier.output_layer.weight, weight)
+    for name, point in candidate.config.operating_points["PNEUMONIA"].items():
         assert point["threshold"] == pytest.approx(decided["PNEUMONIA"][name]["threshold"], abs=1e-3)
 
 
-def test_every_checkpoint_is_measured_on_every_split(phantoms, model, tmp_path):
+def test_every_checkpoint_is_measured_on_every_split(phantoms, candidate, tmp_path):
     expected = []
     for steps, factor in ((20, 1.0), (100, 0.5)):
         with torch.no_grad():
-            model.classifier.output_layer.weight *= factor
-        weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+            candidate.model.classifier.output_layer.weight *= factor
+        weights = {name: tensor.contiguous() for name, tensor in candidate.model.state_dict().items()}
         save_file(weights, tmp_path / f"{steps:09d}.safetensors")
-        said = {split: examiner().predictions(model, phantoms[split]) for split in ("train", "test")}
+        said = {split: examiner().predictions(candidate, phantoms[split]) for split in ("train", "test")}
         expected.append({split: pytest.approx(log_loss(it.labels, it.scores), rel=1e-4) for split, it in said.items()})
-    lines = examiner().checkpoint_losses(tmp_path, model, {split: phantoms[split] for split in ("train", "test")})
+    lines = examiner().checkpoint_losses(tmp_path, candidate, {split: phantoms[split] for split in ("train", "test")})
     assert lines == [{"after_steps": 20, **expected[0]}, {"after_steps": 100, **expected[1]}]
 
 
@@ -101,6 +102,24 @@ def test_the_gap_is_that_of_the_checkpoint_which_validation_chose():
     assert len(found["curve"]) == 3
 
 
+def test_a_log_of_a_run_that_was_stopped_says_nothing_of_overfitting():
+    assert is_complete(LOG)
+    assert not any(is_complete(LOG[:end]) for end in range(len(LOG)))
+
+
+def test_each_model_gets_its_own_image_processor(phantoms, candidate, tmp_path):
+    darker = CXRInceptionImageProcessor(size={"height": 75, "width": 75}, image_mean=[0.9], image_std=[0.5])
+    Candidate(candidate.model, darker).save(tmp_path / "darker")
+    candidate.save(tmp_path / "as it was")
+    loaded = [examiner().load(tmp_path / name) for name in ("as it was", "darker")]
+    assert [list(one.image_processor.image_mean) for one in loaded] == [list(PROCESSOR.image_mean), [0.9]]
+    said = examiner().ask(dict(enumerate(loaded)), {"test": phantoms["test"]})
+    np.testing.assert_allclose(
+        said[0]["test"].logits, examiner().predictions(candidate, phantoms["test"]).logits, rtol=1e-4
+    )
+    assert not np.allclose(said[1]["test"].logits, said[0]["test"].logits)
+
+
 def test_findings_with_unknown_labels_are_settled_too(phantoms):
     rows = phantoms["validation"]
     findings = [
@@ -109,6 +128,7 @@ def test_findings_with_unknown_labels_are_settled_too(phantoms):
     ]
     rows = rows.remove_columns("label").add_column("label", findings)
     model = tiny_model(2, problem_type="multi_label_classification", id2label={0: "opacity", 1: "rare"}).eval()
-    examiner().settle(model, rows)
-    assert len(model.config.temperature) == 2 and model.config.temperature[1] == 1.0
-    assert set(model.config.operating_points) == {"opacity"}
+    candidate = Candidate(model, PROCESSOR)
+    examiner().settle(candidate, rows)
+    assert len(candidate.config.temperature) == 2 and candidate.config.temperature[1] == 1.0
+    assert set(candidate.config.operating_points) == {"opacity"}

@@ -94,6 +94,16 @@ def test_all_films_of_an_external_set_are_tested_whatever_their_split(table):
     assert decode_external(EvaluationArguments(), ["NORMAL", "ILL"], image_size=32) == {}
 
 
+def test_an_external_set_may_be_small_and_its_patients_unknown(table):
+    rows = [{"image": f"{film}.png", "label": ["NORMAL", "ILL"][film // 2 % 2]} for film in range(4)]
+    write_table(table, rows)
+    config = table.parent / "few.yaml"
+    data = {"format": "table", "source": str(table), "label_columns": ["label"], "label_names": ["NORMAL", "ILL"]}
+    config.write_text(yaml.safe_dump({"data": data | {"patient_column": "", "cache_dir": str(table.parent / "cache")}}))
+    ((_, films),) = decode_external(EvaluationArguments(external=str(config)), ["NORMAL", "ILL"], image_size=32).items()
+    assert len(films) == 4 and films["patient_id"][:] == [None] * 4
+
+
 def test_an_external_set_can_lie_elsewhere(table, tmp_path):
     shutil.copytree(table.parent, tmp_path / "moved")
     ((_, films),) = external(table, source=str(tmp_path / "moved/films.csv")).items()

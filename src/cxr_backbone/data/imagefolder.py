@@ -26,6 +26,7 @@ def load_imagefolder(
     num_folds: int = 10,
     fold: int = 0,
     seed: int = 0,
+    carve: bool = True,
 ) -> datasets.DatasetDict:
     """Load films from class folders, the layout that `datasets` calls `imagefolder`. No image is decoded here.
 
@@ -45,6 +46,7 @@ def load_imagefolder(
             then all three splits have to be there.
         label_names: the classes, index 0 first. By default the folders' names, sorted, which the log says.
         num_folds, fold, seed: see `complete_splits`.
+        carve: as in `load_table`.
 
     Returns:
         Splits train, validation and test with the columns of `make_features`; `image_id` is the path relative to
@@ -74,6 +76,7 @@ def load_imagefolder(
             num_folds=num_folds,
             fold=fold,
             seed=seed,
+            carve=carve,
         )
 
     films = _films(root)
@@ -97,6 +100,7 @@ def load_imagefolder(
         num_folds=num_folds,
         fold=fold,
         seed=seed,
+        carve=carve,
     )
 
 

@@ -25,15 +25,15 @@ LOADERS: dict[str, Callable[..., datasets.DatasetDict]] = {
 }
 
 
-FOR_EVERY_LOADER = ("seed", "image_size")  # which are no options of the data, but of the run and of the model
+FOR_EVERY_LOADER = ("seed", "image_size", "carve")  # no options of the data, but of what it is loaded for
 
 
-def load_films(format: str, *, seed: int, image_size: int, **options: Any) -> datasets.DatasetDict:
+def load_films(format: str, *, seed: int, image_size: int, carve: bool = True, **options: Any) -> datasets.DatasetDict:
     """Train, validation and test of a source, with the columns of `labels.make_features`. No film is decoded.
 
     Args:
         format: a key of `LOADERS`.
-        seed, image_size: for the loaders that split or draw.
+        seed, image_size, carve: for the loaders that split or draw.
         options: the other arguments of the loader; `source` first of all.
 
     Raises:
@@ -43,7 +43,8 @@ def load_films(format: str, *, seed: int, image_size: int, **options: Any) -> da
     loader = LOADERS[format]
     check_options(loader, options, f"data.format={format}")
     known = inspect.signature(loader).parameters
-    options |= {name: value for name, value in {"seed": seed, "image_size": image_size}.items() if name in known}
+    of_every = {"seed": seed, "image_size": image_size, "carve": carve}
+    options |= {name: value for name, value in of_every.items() if name in known}
     return loader(**options)
 
 

@@ -38,6 +38,7 @@ def load_table(
     num_folds: int = 10,
     fold: int = 0,
     seed: int = 0,
+    carve: bool = True,
 ) -> datasets.DatasetDict:
     """Load films that a table lists. No image is decoded here.
 
@@ -73,6 +74,8 @@ def load_table(
         uncertain, missing: `ignore` (a finding becomes NaN; with one label column the film is left out), `zeros` or
             `ones` (of findings, or of two classes).
         num_folds, fold, seed: see `complete_splits`.
+        carve: False leaves the films in the splits that the source brings, or all in train, for a set that is only to
+            be tested on. Patients need not be known then.
 
     Returns:
         Splits train, validation and test with the columns of `make_features` and the subgroup columns. `image_id` is
@@ -123,13 +126,21 @@ def load_table(
         num_folds=num_folds,
         fold=fold,
         seed=seed,
+        carve=carve,
     )
 
 
 def split_films(
-    films: datasets.Dataset, splits: Sequence[str] | None, *, source: str | Path, num_folds: int, fold: int, seed: int
+    films: datasets.Dataset,
+    splits: Sequence[str] | None,
+    *,
+    source: str | Path,
+    num_folds: int,
+    fold: int,
+    seed: int,
+    carve: bool,
 ) -> datasets.DatasetDict:
-    """Deal films out to the splits that the source names for each, and complete these by patient.
+    """Deal films out to the splits that the source names for each, and complete these by patient if asked to `carve`.
 
     Raises:
         ValueError: there is a split to carve and no patient to carve it by, or as `complete_splits`.
@@ -138,6 +149,8 @@ def split_films(
     if splits is not None:
         rows = {name: np.flatnonzero([split == name for split in splits]) for name in SPLITS}
         given = datasets.DatasetDict({name: films.select(chosen) for name, chosen in rows.items() if len(chosen)})
+    if not carve:
+        return given
     if (lacking := [name for name in SPLITS if name not in given]) and None in films["patient_id"][:]:
         raise ValueError(
             f"{source} brings no {' and no '.join(lacking)} split, and patients are not known, so none can be carved; "

@@ -201,6 +201,8 @@ def _figure(height: float) -> Figure:
 
 
 def _draw_frozen_phase(axes: Axes, heads: list[dict[str, Any]]) -> None:
+    if not heads:
+        return
     tried, losses = range(len(heads)), [head["validation_loss"] for head in heads]
     axes.plot(tried, [head["train_loss"] for head in heads], **_TRAIN)
     axes.plot(tried, losses, **_VALIDATION)
@@ -210,7 +212,9 @@ def _draw_frozen_phase(axes: Axes, heads: list[dict[str, Any]]) -> None:
 
 def _draw_fine_tuning(axes: Axes, lines: list[dict[str, Any]], overfitting: Mapping[str, Any] | None) -> None:
     checkpoints = [line for line in lines if "after_steps" in line]
-    epochs_a_step = checkpoints[-1]["epoch"] / checkpoints[-1]["after_steps"]
+    if not checkpoints:  # a run that was stopped before
+        return
+    epochs_a_step = checkpoints[-1]["epoch"] / max(checkpoints[-1]["after_steps"], 1)
     steps = [line for line in lines if "step" in line]
     axes.plot([line["step"] * epochs_a_step for line in steps], [line["train_loss"] for line in steps], **_STEPS)
     trained = [line for line in checkpoints if line["train_loss"] is not None]

@@ -28,9 +28,10 @@ def operating_points_table(metrics: dict[str, Any], split: str = "test") -> str:
     for target, result in model["splits"][split]["targets"].items():
         for point, figures in result["operating_points"].items():
             chosen = model["operating_points"][target][point]
-            at_choice = f"{chosen['sensitivity']:.3f} / {chosen['specificity']:.3f}"
+            # A point that somebody set by hand has no figures that chose it.
+            at_choice = [f"{chosen[name]:.3f}" if name in chosen else "–" for name in ("sensitivity", "specificity")]
             shown = [figure_text(figures[name]) for name in ("sensitivity", "specificity", "ppv", "npv")]
-            rows.append([target, point, f"{chosen['threshold']:.3f}", at_choice, *shown])
+            rows.append([target, point, f"{chosen['threshold']:.3f}", " / ".join(at_choice), *shown])
     header = ["", "point", "threshold", "validation sensitivity / specificity"]
     return markdown_table([*header, "sensitivity", "specificity", "PPV", "NPV"], rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import label_names
 from cxr_backbone.data.subgroups import subgroups_of
@@ -36,6 +37,22 @@ if TYPE_CHECKING:
     from cxr_backbone.evaluation.saliency import SalientFilm
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A model under test, and the image processor that was saved with it: two models need not share one."""
+
+    model: CXRInceptionForImageClassification
+    image_processor: CXRInceptionImageProcessor
+
+    @property
+    def config(self) -> CXRInceptionConfig:
+        return self.model.config
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+
 class Examiner:
     """Asks models about films, and writes down what comes of it.
 
@@ -44,24 +61,17 @@ class Examiner:
         seed: of perturbed views and of the resamples.
     """
 
-    def __init__(
-        self,
-        image_processor: CXRInceptionImageProcessor,
-        accelerator: Accelerator,
-        arguments: EvaluationArguments,
-        *,
-        batch_size: int,
-        seed: int,
-    ):
-        self.image_processor, self.accelerator, self.arguments = image_processor, accelerator, arguments
+    def __init__(self, accelerator: Accelerator, arguments: EvaluationArguments, *, batch_size: int, seed: int):
+        self.accelerator, self.arguments = accelerator, arguments
         self.batch_size, self.seed = batch_size, seed
 
-    def load(self, folder: str | Path) -> CXRInceptionForImageClassification:
+    def load(self, folder: str | Path) -> Candidate:
         """A saved model, ready to predict."""
         model = CXRInceptionForImageClassification.from_pretrained(folder).eval()
-        return model.to(self.accelerator.device, memory_format=torch.channels_last)
+        model.to(self.accelerator.device, memory_format=torch.channels_last)
+        return Candidate(model, CXRInceptionImageProcessor.from_pretrained(folder))
 
-    def settle(self, model: CXRInceptionForImageClassification, validation: Dataset) -> None:
+    def settle(self, candidate: Candidate, validation: Dataset) -> None:
         """Fix the operating points of a model, and before them its temperature unless it has one, in place, by what it
         says of validation.
 
@@ -71,9 +81,9 @@ class Examiner:
         """
         augmentation, seeds = Augmentation(1.0), itertools.count(self.seed * SEEDS_A_RUN)
         views = [
-            self.predictions(model, validation, change=lambda images: augmentation(images, seed=next(seeds)))
+            self.predictions(candidate, validation, change=lambda images: augmentation(images, seed=next(seeds)))
             for _ in range(self.arguments.perturbed_views)
-        ] or [self.predictions(model, validation)]
+        ] or [self.predictions(candidate, validation)]
         asked = replace(
             views[0],
             labels=np.concatenate([view.labels for view in views]),
@@ -82,15 +92,15 @@ class Examiner:
             patient_ids=views[0].patient_ids * len(views),
             groups={},
         )
-        if model.config.temperature is None:
+        if candidate.config.temperature is None:
             temperature = fit_temperature(asked.logits, asked.labels)
-            fold_temperature(model, temperature)
+            fold_temperature(candidate.model, temperature)
             asked = replace(asked, logits=asked.logits / np.asarray(temperature))
-        model.config.operating_points = choose_operating_points(asked)
+        candidate.config.operating_points = choose_operating_points(asked)
 
-    def predictions(self, model: CXRInceptionForImageClassification, films: Dataset, **options: Any) -> Predictions:
+    def predictions(self, candidate: Candidate, films: Dataset, **options: Any) -> Predictions:
         """What a model says of films."""
-        logits, labels = self._predict(model, films, **options)
+        logits, labels = self._predict(candidate, films, **options)
         return Predictions(
             names=label_names(films.features),
             labels=labels.numpy(),
@@ -101,33 +111,33 @@ class Examiner:
         )
 
     def ask(
-        self, models: Mapping[str, CXRInceptionForImageClassification], splits: Mapping[str, Dataset]
+        self, candidates: Mapping[str, Candidate], splits: Mapping[str, Dataset]
     ) -> dict[str, dict[str, Predictions]]:
         """What each model says of each split."""
         return {
-            name: {split: self.predictions(model, films) for split, films in splits.items()}
-            for name, model in models.items()
+            name: {split: self.predictions(candidate, films) for split, films in splits.items()}
+            for name, candidate in candidates.items()
         }
 
     def checkpoint_losses(
-        self, folder: Path, model: CXRInceptionForImageClassification, splits: Mapping[str, Dataset]
+        self, folder: Path, candidate: Candidate, splits: Mapping[str, Dataset]
     ) -> list[dict[str, Any]]:
         """The loss (nats) on each split of each checkpoint of `RunDirectory.keep_checkpoint`, oldest first.
 
         Args:
-            model: takes up the weights of each checkpoint in turn, and keeps those of the last.
+            candidate: takes up the weights of each checkpoint in turn, and keeps those of the last.
         """
         lines = []
         for file in sorted(folder.iterdir()):
-            model.load_state_dict(load_file(file))
-            losses = {split: plain_loss(*self._predict(model, films)).item() for split, films in splits.items()}
+            candidate.model.load_state_dict(load_file(file))
+            losses = {split: plain_loss(*self._predict(candidate, films)).item() for split, films in splits.items()}
             lines.append({"after_steps": int(file.stem), **losses})
         return lines
 
     def write(
         self,
         run: RunDirectory,
-        models: Mapping[str, CXRInceptionForImageClassification],
+        candidates: Mapping[str, Candidate],
         predictions: Mapping[str, Mapping[str, Predictions]],
         test: Dataset,
         *,
@@ -140,11 +150,11 @@ class Examiner:
             log: of the training, `RunDirectory.read_log`; may be empty.
             seconds: that each model took to train.
         """
-        configs = {name: model.config for name, model in models.items()}
+        configs = {name: candidate.config for name, candidate in candidates.items()}
         metrics = examine(configs, predictions, resamples=self.arguments.resamples, seed=self.seed)
         for name, its_seconds in seconds.items():
             metrics["models"][name]["seconds"] = its_seconds
-        if any(line["phase"] == "checkpoints" for line in log):
+        if is_complete(log):
             metrics["overfitting"] = overfitting(log)
         run.write_results(metrics, predictions)
         print(comparison_table(metrics))
@@ -153,13 +163,11 @@ class Examiner:
             # Not before: matplotlib and captum, which it needs, come with the extra `report`.
             from cxr_backbone.evaluation.report_page import write_report
 
-            *_, (name, model) = models.items()
-            salient = self._salient_films(model, predictions[name]["test"], test)
+            *_, (name, candidate) = candidates.items()
+            salient = self._salient_films(candidate, predictions[name]["test"], test)
             print(f"The report: {write_report(run.path, metrics, predictions, log=log, saliency=salient)}")
 
-    def _salient_films(
-        self, model: CXRInceptionForImageClassification, said: Predictions, test: Dataset
-    ) -> list[SalientFilm]:
+    def _salient_films(self, candidate: Candidate, said: Predictions, test: Dataset) -> list[SalientFilm]:
         """The test films that say most about a model, asked for its most frequent target."""
         from cxr_backbone.evaluation.saliency import choose_films, salient_films
 
@@ -167,13 +175,18 @@ class Examiner:
         chosen = choose_films(said, target)
         pixels = stack_pixels([test[film] for films in chosen.values() for film in films])  # (films, size, size)
         images = to_images(torch.from_numpy(pixels).unsqueeze(1))
-        pixel_values = to_pixel_values(images, self.image_processor)
-        return salient_films(model, said, target, chosen, pixels, pixel_values)
+        pixel_values = to_pixel_values(images, candidate.image_processor)
+        return salient_films(candidate.model, said, target, chosen, pixels, pixel_values)
 
-    def _predict(
-        self, model: CXRInceptionForImageClassification, films: Dataset, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        return predict(model, films, self.image_processor, self.accelerator, batch_size=self.batch_size, **options)
+    def _predict(self, candidate: Candidate, films: Dataset, **options: Any) -> tuple[Tensor, Tensor]:
+        model, image_processor = candidate.model, candidate.image_processor
+        return predict(model, films, image_processor, self.accelerator, batch_size=self.batch_size, **options)
+
+
+def is_complete(log: list[dict[str, Any]]) -> bool:
+    """Whether the loss of every checkpoint is in the log; not so if the run was stopped before."""
+    evaluated = {line["after_steps"] for line in log if line["phase"] == "fine_tuning" and "after_steps" in line}
+    return bool(evaluated) and evaluated == {line["after_steps"] for line in log if line["phase"] == "checkpoints"}
 
 
 def overfitting(log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The films of a run: loaded, split by patient, decoded, and ready to be audited."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from cxr_backbone.data.splits import all_films, complete_splits, permute_labels,
 from cxr_backbone.data.streaming import FilmStream, decode_stream
 from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, parse_arguments
 from cxr_backbone.training.hardware import join_processes
+
+logger = logging.getLogger(__name__)
 
 # Fields of the data section that say what is done with the films, whatever their source.
 NOT_FOR_LOADERS = {
@@ -74,14 +77,12 @@ def open_films(data: DataArguments, *, image_size: int, seed: int) -> DatasetDic
     Raises:
         FileNotFoundError, ValueError: as the loader and the split.
     """
-    options = {
-        name: value for name, value in vars(data).items() if name not in NOT_FOR_LOADERS and value not in (None, [])
-    }
     if data.streaming:
+        options = _options_of_loader(data)
         options = {name: value for name, value in options.items() if name not in SPLITTING}
         check_options(open_stream, options, "data.streaming")
         return open_stream(**options)
-    films = load_films(data.format, seed=seed, image_size=image_size, **options)
+    films = load_films(data.format, seed=seed, image_size=image_size, **_options_of_loader(data))
     if data.split_file is not None:
         films = repeat_split(films, Path(data.split_file))
     return permute_labels(films, seed) if data.permute_labels else films
@@ -135,10 +136,10 @@ def decode_external(evaluation: EvaluationArguments, label_names: list[str], *, 
         return {}
     source = ["--data.source", evaluation.external_source] if evaluation.external_source else []
     data = parse_arguments([evaluation.external, "--run.output_dir", "unused", *source]).data
-    opened = open_films(data, image_size=image_size, seed=0)
-    if isinstance(opened, Stream):
+    if data.streaming:
         raise ValueError(f"{evaluation.external}: data.streaming has no place in an external set.")
-    films = all_films(opened)
+    options = _options_of_loader(data)
+    films = all_films(load_films(data.format, seed=0, image_size=image_size, carve=False, **options))
     check_labels(films, label_names, evaluation.external)
     with join_processes().main_process_first():
         decoded = decode_once(
@@ -146,6 +147,7 @@ def decode_external(evaluation: EvaluationArguments, label_names: list[str], *, 
             image_size,
             data.cache_dir,
             reduced=data.decoding == "reduced",
+            on_unreadable=_warn_of_unreadable if data.unreadable == "skip" else None,
             num_proc=data.num_workers or None,
         )
     return {f"external {Path(evaluation.external).stem}": decoded}
@@ -197,6 +199,16 @@ def check_classes(splits: DatasetDict, data: DataArguments) -> None:
         for name, count in label_counts(rows).items():
             if count == 0:
                 raise ValueError(f"data.source: the {split} split of {data.source} has no image of class {name}.")
+
+
+def _options_of_loader(data: DataArguments) -> dict[str, Any]:
+    return {
+        name: value for name, value in vars(data).items() if name not in NOT_FOR_LOADERS and value not in (None, [])
+    }
+
+
+def _warn_of_unreadable(path: str, reason: str) -> None:
+    logger.warning("Leaving out %s: %s", path, reason)
 
 
 def _sample(films: Dataset, number: int) -> Dataset:
