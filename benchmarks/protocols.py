@@ -39,11 +39,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/protocols"))
     parser.add_argument("--only", nargs="+", choices=PUBLISHED, default=list(PUBLISHED), help="some of the protocols")
     given, passed_on = parser.parse_known_args()
+    output_dir = given.output_dir.resolve()
     rows = []
     for protocol in given.only:
-        run = given.output_dir / protocol
+        run = output_dir / protocol
         if not (run / "metrics.json").is_file():
             source = given.pneumoniamnist if protocol == "pneumoniamnist" else given.kermany
+            source = str(Path(source).resolve()) if Path(source).exists() else source  # or a Hub id
             train(protocol, ["--data.source", source, "--run.output_dir", str(run), *passed_on])
         rows.append(row_of(run, protocol))
     header = ["protocol", "films (train / validation / test)", "patients in train and test", "frozen AUROC"]

@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, one a seed, or those of evaluate.py")
     parser.add_argument("--permuted", type=Path, help="run directory of a training on permuted labels")
     arguments = parser.parse_args()
+    if len({run.name for run in arguments.runs}) < len(arguments.runs):
+        parser.error("two runs have the same name; expected one each")
     runs = {run.name: json.loads((run / "metrics.json").read_text()) for run in arguments.runs}
 
     *_, any_run = runs.values()
@@ -55,7 +57,7 @@ def auroc_table(runs: dict[str, Any], split: str) -> str:
                 run["models"][model]["splits"][split]["targets"][target]["figures"]["auroc"]
                 for model in ("frozen", "fine_tuned")
             ]
-            difference = figure_text({"value": delong["difference"], **delong}, signed=True)
+            difference = figure_text({"low": None, **delong, "value": delong.get("difference")}, signed=True)
             p = "not defined" if delong.get("p") is None else f"{delong['p']:.3f}"
             rows.append([name, target, *map(figure_text, figures), difference, p])
     return markdown_table(["run", "", "frozen", "fine-tuned", "difference (DeLong)", "p"], rows)
@@ -68,11 +70,19 @@ def overfitting_table(runs: dict[str, Any]) -> str:
             continue
         curve = run["overfitting"]["curve"]
         (kept,) = (line for line in curve if line["after_steps"] == run["overfitting"]["chosen"])
-        aurocs = [figures_of(run, "fine_tuned", split)["auroc"]["value"] for split in ("train", "validation")]
+        both = [figures_of(run, "fine_tuned", split) for split in ("train", "validation")]
+        aurocs = [figures[("auroc" if "auroc" in figures else "auroc_macro")]["value"] for figures in both]
         losses = [kept["train"], kept["validation"], run["overfitting"]["gap"], kept["test"]]
         seconds = [f"{run['models'][model]['seconds']:.0f}" for model in ("frozen", "fine_tuned")]
         steps = f"{kept['after_steps']} of {curve[-1]['after_steps']}"
-        rows.append([name, steps, *(f"{value:.3f}" for value in (*losses, *aurocs)), *seconds])
+        rows.append(
+            [
+                name,
+                steps,
+                *("not defined" if value is None else f"{value:.3f}" for value in (*losses, *aurocs)),
+                *seconds,
+            ]
+        )
     header = ["run", "step", "train", "validation", "gap", "test", "AUROC train", "AUROC validation"]
     return markdown_table([*header, "s frozen", "s fine-tuning"], rows)
 
@@ -82,8 +92,7 @@ def figures_of(run: dict[str, Any], model: str, split: str) -> dict[str, Any]:
 
 
 def spread(values: np.ndarray, sign: str = "") -> str:
-    deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-    return f"{values.mean():{sign}.3f} ± {deviation:.3f}"
+    return f"{values.mean():{sign}.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from cxr_backbone.training.films import (
     audit_films,
     check_classes,
     check_labels,
+    check_not_trained_on,
     decode_external,
     decode_films,
     open_films,
@@ -60,7 +61,9 @@ def main() -> None:
     splits = {"train": films.train_sample, "validation": validation, "test": test, **external}
     predictions = examiner.ask(candidates, splits)
     if accelerator.is_main_process:
-        examiner.write(run, candidates, predictions, test, log=read_log(Path(given.model).parent))
+        folder = Path(given.model)
+        log = read_log(folder.parent) if folder.name == "fine_tuned" else []  # a run's log is that of its last model
+        examiner.write(run, candidates, predictions, test, log=log)
 
 
 def parse_command_line(argv):
@@ -79,25 +82,29 @@ def prepare(given, others):
     """The resolved arguments, the directory of results, the decoded films, those of another source, and the audit."""
     arguments = parse_arguments([given.data, "--run.output_dir", given.output_dir, *others])
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
+    if given.compare and Path(given.compare).resolve() == Path(given.model).resolve():
+        raise ValueError(f"--compare is the same as --model, {given.model}; expected another model.")
     run = RunDirectory(given.output_dir)
     config = CXRInceptionConfig.from_pretrained(given.model)
-    if given.compare and (other := CXRInceptionConfig.from_pretrained(given.compare)).image_size != config.image_size:
+    other = CXRInceptionConfig.from_pretrained(given.compare or given.model)
+    if other.image_size != config.image_size:
         raise ValueError(
             f"--compare takes images of {other.image_size} pixels, --model of {config.image_size}; expected the same."
         )
     settings = {"image_size": config.image_size, "seed": arguments.run.seed}
     films = decode_films(open_films(arguments.data, **settings), arguments.data, **settings)
-    names = [str(name) for name in (config.id2label or {}).values()]
-    check_labels(films.train_sample, names, given.data)
+    for model_config in (config, other):
+        check_labels(films.train_sample.features, model_config, given.data)
     check_classes(films.splits, arguments.data)
-    external = decode_external(arguments.evaluation, names, image_size=config.image_size)
+    check_not_trained_on(films, Path(given.model).parent / "split.csv")
+    external = decode_external(arguments.evaluation, config)
     return arguments, run, films, external, audit_films(films, arguments.data)
 
 
 def name_of(source, sources):
     """The last part of a folder or Hub id; all of it if two models have the same. Files are called so, too."""
-    names = [Path(each).name for each in sources]
-    return Path(source).name if len(set(names)) == len(names) else source.strip("/").replace("/", "-")
+    names = [Path(each).resolve().name for each in sources]
+    return Path(source).resolve().name if len(set(names)) == len(names) else source.strip("/").replace("/", "-")
 
 
 if __name__ == "__main__":

@@ -151,6 +151,10 @@ def prepare(argv):
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
     run = RunDirectory(arguments.run.output_dir)
+    if arguments.run.push_to_hub and (arguments.data.permute_labels or arguments.data.protocol == "selected_on_test"):
+        raise ValueError(
+            "run.push_to_hub: a model of data.permute_labels or of protocol selected_on_test is for no use."
+        )
     if arguments.run.push_to_hub:
         check_push_access(arguments.run.hub_model_id)
 
@@ -159,7 +163,7 @@ def prepare(argv):
     features = opened.features if isinstance(opened, Stream) else opened["train"].features
     names = label_names(features)
     model, image_processor = start_model(arguments.model, names, multi_label=is_multi_label(features))
-    external = decode_external(arguments.evaluation, names, image_size=arguments.model.image_size)
+    external = decode_external(arguments.evaluation, model.config)
     films = decode_films(opened, arguments.data, **settings)
     check_classes(films.splits, arguments.data)
     if len(films.train) < arguments.fine_tuning.batch_size:

@@ -95,7 +95,7 @@ def binary():
 
 
 def test_each_model_has_its_curves_with_bands_and_areas(binary):
-    figure = roc_and_precision_recall(binary, "PNEUMONIA", POINTS)
+    figure = roc_and_precision_recall(binary, "PNEUMONIA", POINTS, resamples=100)
     assert [len(axes.collections) for axes in figure.axes] == [2, 2]
     areas = [roc_auc_score(*predictions.question("PNEUMONIA")[1:]) for predictions in binary.values()]
     assert [text.split(",")[0] for text in legend(figure)[:2]] == [
@@ -105,7 +105,7 @@ def test_each_model_has_its_curves_with_bands_and_areas(binary):
 
 
 def test_operating_points_lie_on_the_last_models_curves(binary):
-    figure = roc_and_precision_recall(binary, "PNEUMONIA", POINTS)
+    figure = roc_and_precision_recall(binary, "PNEUMONIA", POINTS, resamples=100)
     roc, precision_recall = figure.axes
     assert legend(figure)[2:] == list(POINTS)
     curve = next(points for label, points in lines(roc).items() if label.startswith("fine-tuned"))
@@ -121,7 +121,7 @@ def test_operating_points_lie_on_the_last_models_curves(binary):
 def test_curves_of_one_label_only_are_refused():
     one = Predictions(["a", "b"], np.ones(20, int), np.zeros((20, 2)), list("x" * 20), [None] * 20)
     with pytest.raises(ValueError, match="truth has one class only"):
-        roc_and_precision_recall({"model": one}, "b", {})
+        roc_and_precision_recall({"model": one}, "b", {}, resamples=100)
 
 
 def test_reliability_is_drawn_before_and_after(binary):
@@ -148,7 +148,7 @@ def test_long_names_of_findings_and_rare_ones_stay_legible():
     predictions = findings(0)
     assert_legible(score_histograms(predictions, "Pleural_Thickening", POINTS))
     assert_legible(reliability_diagram(predictions, predictions, "Pleural_Thickening"))
-    assert_legible(roc_and_precision_recall({"fine-tuned": predictions}, "Pleural_Thickening", POINTS))
+    assert_legible(roc_and_precision_recall({"fine-tuned": predictions}, "Pleural_Thickening", POINTS, resamples=100))
 
 
 def test_confusion_matrices_show_counts_and_shares_of_the_row():

@@ -57,7 +57,7 @@ def test_a_row_a_film_is_written_as_parquet(tmp_path):
     TWO_CLASSES.write(tmp_path / "classes.parquet")
     rows = pq.read_table(tmp_path / "classes.parquet").to_pylist()
     assert rows[1] == {
-        **{"image_id": "b", "patient_id": "p", "view": None, "label": "PNEUMONIA"},
+        **{"image_id": "b", "patient_id": "p", "subgroup view": None, "label": "PNEUMONIA"},
         **{"score NORMAL": pytest.approx(0.25), "score PNEUMONIA": pytest.approx(0.75)},
     }
     assert rows[2]["patient_id"] is None

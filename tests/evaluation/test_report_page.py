@@ -162,9 +162,9 @@ def test_of_many_findings_the_most_frequent_have_pictures_and_tables_have_all(pa
 def test_what_is_not_defined_says_why(page_of_findings):
     page = page_of_findings
     row = page.text[page.text.index("Hernia", page.text.index("Each finding")) :]
-    assert re.match(r"Hernia \d+ 0 not defined 1 not defined 1 not defined 1", row)
+    assert re.match(r"Hernia \d+ 0 not defined (\d) not defined \1 not defined \1", row)
     assert "Not defined: a class does not occur." in page.text
-    assert {attributes.get("title") for tag, attributes in page.tags if tag == "a"} == {"a class does not occur"}
+    assert "a class does not occur" in {attributes.get("title") for tag, attributes in page.tags if tag == "a"}
 
 
 def test_without_films_and_training_nothing_is_said_of_them(page_of_findings):

@@ -28,24 +28,25 @@ def drawn(request):
 
 
 def figures_in(node):
-    """Every figure, wherever it stands."""
-    if isinstance(node, dict):
-        if "value" in node:
-            yield node
+    """Every figure, wherever it stands, with its name."""
+    for name, child in node.items() if isinstance(node, dict) else ():
+        if isinstance(child, dict) and "value" in child:
+            yield name, child
         else:
-            for child in node.values():
-                yield from figures_in(child)
+            yield from figures_in(child)
 
 
 def test_every_figure_lies_in_its_interval_or_says_why_it_has_none(drawn):
     _, results = drawn
     found = list(figures_in(results))
     assert len(found) > 30
-    for figure in found:
+    for name, figure in found:
         if figure["low"] is None:
             assert figure["undefined"]
+        elif name == "ece":  # which is too high, so that its interval may lie below it
+            assert 0 <= figure["low"] <= figure["high"] and figure["low"] <= figure["value"]
         else:
-            assert figure["low"] <= figure["value"] <= figure["high"]
+            assert figure["low"] <= figure["value"] <= figure["high"], name
 
 
 def test_nothing_is_nan_and_all_of_it_is_json(drawn):
@@ -133,12 +134,51 @@ def test_a_kind_of_the_illness_is_compared_with_all_who_are_not_ill():
     ]
     groups = results_of(replace(predictions, groups={"kind": kinds}))["targets"]["PNEUMONIA"]["subgroups"]["kind"]
     virus = groups["virus"]
+    assert set(virus["figures"]) == {"auroc"} and set(virus["operating_points"]["youden"]) == {
+        "threshold",
+        "sensitivity",
+    }
     assert virus["compared_with"] == "all negatives"
     assert virus["films"] == virus["positives"] == kinds.count("virus")
     chosen = [kind in ("virus", "none") for kind in kinds]
     expected = roc_auc_score(predictions.labels[chosen], predictions.scores[chosen, 1])
     assert virus["figures"]["auroc"]["value"] == pytest.approx(expected)
     assert groups["none"]["compared_with"] == "all positives" and groups["none"]["positives"] == 0
+
+
+def test_an_ece_that_is_noise_alone_has_an_interval_that_reaches_down():
+    """A calibrated model: its labels are drawn from its own scores."""
+    generator = np.random.default_rng(0)
+    evidence = 2 * generator.standard_normal(600)
+    labels = (generator.random(600) < 1 / (1 + np.exp(-evidence))).astype(int)
+    ids = [str(film) for film in range(600)]
+    films = Predictions(["no", "yes"], labels, np.stack([np.zeros(600), evidence], axis=1), ids, ids)
+    ece = results_of(films)["figures"]["ece"]
+    assert ece["value"] > 0.03 and ece["low"] < 0.015
+
+
+def test_no_error_among_few_patients_is_not_taken_for_certainty():
+    """Of 40 patients with it, all found: the exact binomial interval, not one without a width."""
+    evidence = np.repeat([-1.0, 1.0], 40)
+    ids = [str(film) for film in range(80)]
+    films = Predictions(["no", "yes"], (evidence > 0).astype(int), np.stack([np.zeros(80), evidence], axis=1), ids, ids)
+    youden = results_of(films)["targets"]["yes"]["operating_points"]["youden"]
+    assert youden["sensitivity"]["value"] == 1 and youden["sensitivity"]["low"] == pytest.approx(0.025 ** (1 / 40))
+    assert youden["mcc"]["low"] is None and youden["mcc"]["undefined"]
+    few = films.select(np.arange(35, 80))
+    assert (
+        "only 5 patients" in results_of(few)["targets"]["yes"]["operating_points"]["youden"]["specificity"]["undefined"]
+    )
+
+
+def test_a_finding_that_is_known_of_no_film_is_not_defined():
+    predictions = findings(0)
+    labels = predictions.labels.copy()
+    labels[:, 4] = np.nan
+    results = results_of(replace(predictions, labels=labels))
+    mass = results["targets"]["Mass"]
+    assert mass["films"] == 0 and "known of none" in mass["figures"]["auroc"]["undefined"]
+    assert results["figures"]["auroc_macro"]["low"] is not None
 
 
 def test_too_few_patients_have_figures_without_intervals():
@@ -177,9 +217,20 @@ def test_a_difference_is_paired():
     assert comparison["delong"]["PNEUMONIA"]["p"] < 0.01
 
 
+def test_films_of_few_patients_are_no_evidence_that_models_differ():
+    better, worse = two_classes(0, skill=1.5), two_classes(0, skill=1.0)
+    p_of_films = compare(worse, better, resamples=100)["delong"]["PNEUMONIA"]["p"]
+    in_groups = [replace(one, patient_ids=[f"p{film // 10}" for film in range(120)]) for one in (worse, better)]
+    assert compare(*in_groups, resamples=100)["delong"]["PNEUMONIA"]["p"] != pytest.approx(p_of_films)
+    few = [replace(one, patient_ids=[f"p{film % 4}" for film in range(120)]) for one in (worse, better)]
+    assert compare(*few, resamples=100)["delong"]["PNEUMONIA"]["p"] is None
+
+
 def test_a_model_does_not_differ_from_itself():
     same = compare(two_classes(0), two_classes(0), resamples=100)
-    assert {(it["value"], it["low"], it["high"]) for it in same["figures"].values()} == {(0, 0, 0)}
+    assert {it["value"] for it in same["figures"].values()} == {0}
+    assert all("nearly all resamples agree" in it["undefined"] for it in same["figures"].values())
+    assert same["delong"]["PNEUMONIA"]["p"] is None
 
 
 def test_models_are_compared_on_the_same_films_only():

@@ -128,8 +128,13 @@ def test_what_can_not_be_tested_is_refused_in_one_sentence(trained, elsewhere, t
     assert "did you mean 'resamples'?" in refusal(*model, *data, "--evaluation.resample", 10)
     other_labels = ["--data.source", elsewhere / "films.csv", "--data.label_columns", "reading"]
     message = refusal(*model, "--data", "recipes/configs/table.yaml", *other_labels)
-    assert "has the labels clear, opaque, and the model NORMAL, PNEUMONIA" in message
+    assert "has the labels clear, opaque (one class a film), and the model NORMAL, PNEUMONIA" in message
     tiny_model(id2label={0: "NORMAL", 1: "PNEUMONIA"}, image_size=80).save_pretrained(tmp_path / "larger")
     message = refusal(*model, *data, "--compare", tmp_path / "larger")
     assert "--compare takes images of 80 pixels, --model of 75" in message
+    swapped = tiny_model(id2label={0: "PNEUMONIA", 1: "NORMAL"})
+    swapped.save_pretrained(tmp_path / "swapped")
+    assert "the model PNEUMONIA, NORMAL" in refusal(*model, *data, "--compare", tmp_path / "swapped")
+    assert "--compare is the same as --model" in refusal(*model, *data, "--compare", trained.path / "fine_tuned/")
+    assert "stood in train when the model was trained" in refusal(*model, *data, "--run.seed", 1)
     assert str(tmp_path / "lost") in refusal("--model", tmp_path / "lost", *data)

@@ -11,12 +11,20 @@ from PIL import Image
 
 from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.data.decoding import stack_pixels
-from cxr_backbone.data.labels import label_names
+from cxr_backbone.data.labels import label_names, make_features
 from cxr_backbone.data.splits import write_split
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.data.synthetic import draw_phantom
 from cxr_backbone.training.arguments import DataArguments, EvaluationArguments
-from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
+from cxr_backbone.training.films import (
+    audit_films,
+    check_classes,
+    check_labels,
+    check_not_trained_on,
+    decode_external,
+    decode_films,
+    open_films,
+)
 
 
 @pytest.fixture
@@ -78,20 +86,23 @@ def test_a_sample_of_train_is_as_large_as_validation_and_drawn_from_all_of_it(ta
         assert len(films.train_sample[0]["pixels"]) == 32 * 32
 
 
+MODEL = CXRInceptionConfig(image_size=75, id2label={0: "NORMAL", 1: "ILL"})
+
+
 def external(table, label_values=("NORMAL=NORMAL", "ILL=ILL"), source=None, name="elsewhere"):
     config = table.parent / f"{name}.yaml"
     data = {"format": "table", "source": str(table), "label_columns": ["label"], "label_values": list(label_values)}
     config.write_text(yaml.safe_dump({"data": data | {"num_folds": 4, "cache_dir": str(table.parent / "cache")}}))
     arguments = EvaluationArguments(external=str(config), external_source=source)
-    return decode_external(arguments, ["NORMAL", "ILL"], image_size=32)
+    return decode_external(arguments, MODEL)
 
 
 def test_all_films_of_an_external_set_are_tested_whatever_their_split(table):
     ((name, films),) = external(table).items()
     assert name == "external elsewhere"
     assert sorted(films["image_id"][:], key=lambda name: int(name[:-4])) == [f"{film}.png" for film in range(24)]
-    assert len(films[0]["pixels"]) == 32 * 32
-    assert decode_external(EvaluationArguments(), ["NORMAL", "ILL"], image_size=32) == {}
+    assert len(films[0]["pixels"]) == 75 * 75
+    assert decode_external(EvaluationArguments(), MODEL) == {}
 
 
 def test_an_external_set_may_be_small_and_its_patients_unknown(table):
@@ -100,7 +111,7 @@ def test_an_external_set_may_be_small_and_its_patients_unknown(table):
     config = table.parent / "few.yaml"
     data = {"format": "table", "source": str(table), "label_columns": ["label"], "label_names": ["NORMAL", "ILL"]}
     config.write_text(yaml.safe_dump({"data": data | {"patient_column": "", "cache_dir": str(table.parent / "cache")}}))
-    ((_, films),) = decode_external(EvaluationArguments(external=str(config)), ["NORMAL", "ILL"], image_size=32).items()
+    ((_, films),) = decode_external(EvaluationArguments(external=str(config)), MODEL).items()
     assert len(films) == 4 and films["patient_id"][:] == [None] * 4
 
 
@@ -111,8 +122,26 @@ def test_an_external_set_can_lie_elsewhere(table, tmp_path):
 
 
 def test_an_external_set_with_other_labels_is_refused(table):
-    with pytest.raises(ValueError, match=r"elsewhere\.yaml has the labels ILL, NORMAL, and the model NORMAL, ILL"):
+    with pytest.raises(
+        ValueError, match=r"elsewhere\.yaml has the labels ILL, NORMAL \(one .*\), and the model NORMAL, ILL"
+    ):
         external(table, label_values=("ILL=ILL", "NORMAL=NORMAL"))
+
+
+def test_findings_are_no_classes_of_the_same_names():
+    findings = make_features(["NORMAL", "ILL"], multi_label=True)
+    with pytest.raises(
+        ValueError, match=r"NORMAL, ILL \(several findings a film\), and the model .* \(one class a film\)"
+    ):
+        check_labels(findings, MODEL, "films.csv")
+
+
+def test_films_that_a_model_was_trained_on_are_not_tested_on(table, tmp_path):
+    write_split(prepare(table, seed=0).splits, tmp_path / "split.csv")
+    check_not_trained_on(prepare(table, seed=0), tmp_path / "split.csv")
+    check_not_trained_on(prepare(table, seed=1), tmp_path / "no split.csv")
+    with pytest.raises(ValueError, match=r"films of the validation split stood in train when .* --data\.split_file"):
+        check_not_trained_on(prepare(table, seed=1), tmp_path / "split.csv")
 
 
 def test_labels_are_permuted_before_anything_is_learnt_from_them_but_not_in_test(table):

@@ -203,13 +203,16 @@ def interval(
 
     Returns:
         value, low and high. What is not defined is None; then `undefined` says why. An interval is not defined for less
-        than 10 patients, or if more than 5 % of the resamples have no value.
+        than 10 patients, if more than 5 % of the resamples have no value, or if it would have no width.
     """
     if value is None or not math.isfinite(value):
         return {"value": None, "low": None, "high": None, "undefined": undefined}
     if why := _why_no_interval(samples, num_patients):
         return {"value": float(value), "low": None, "high": None, "undefined": why}
     low, high = np.percentile(samples[np.isfinite(samples)], _LIMITS)
+    if high - low < 1e-12:
+        why = "nearly all resamples agree, which says nothing of its uncertainty"
+        return {"value": float(value), "low": None, "high": None, "undefined": why}
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 

@@ -53,7 +53,7 @@ def learning_curves(log: list[dict[str, Any]], overfitting: Mapping[str, Any] | 
 
 
 def roc_and_precision_recall(
-    predictions_by_model: Mapping[str, Predictions], target: str, operating_points: Mapping[str, Any]
+    predictions_by_model: Mapping[str, Predictions], target: str, operating_points: Mapping[str, Any], *, resamples: int
 ) -> Figure:
     """ROC and precision-recall curve of each model with its 95 % band, and the last model's operating points on them.
 
@@ -61,6 +61,7 @@ def roc_and_precision_recall(
         predictions_by_model: one or two, on the same films; the last is drawn strongest.
         target: what is asked; films with it and films without it must both occur.
         operating_points: the last model's, of this target: {name: {"threshold": ...}}.
+        resamples: of the patients, for the bands.
 
     Raises:
         ValueError: if one of the two kinds of film does not occur.
@@ -71,7 +72,7 @@ def roc_and_precision_recall(
     for (name, predictions), style in zip(
         predictions_by_model.items(), styles[-len(predictions_by_model) :], strict=True
     ):
-        _draw_curves(roc, precision_recall, name, predictions, target, style)
+        _draw_curves(roc, precision_recall, name, predictions, target, style, resamples)
     _draw_operating_points(roc, precision_recall, predictions.question(target), operating_points)
     roc.plot([0, 1], [0, 1], **_CHANCE)
     precision_recall.axhline(predictions.question(target)[1].mean(), **_CHANCE)
@@ -232,10 +233,10 @@ def _draw_fine_tuning(axes: Axes, lines: list[dict[str, Any]], overfitting: Mapp
 
 
 def _draw_curves(
-    roc: Axes, precision_recall: Axes, name: str, predictions: Predictions, target: str, style: Style
+    roc: Axes, precision_recall: Axes, name: str, predictions: Predictions, target: str, style: Style, resamples: int
 ) -> None:
     films, truth, scores = predictions.question(target)
-    bands = PatientBootstrap(predictions.patient_ids).curve_bands(films, truth, scores)
+    bands = PatientBootstrap(predictions.patient_ids, resamples=resamples).curve_bands(films, truth, scores)
     shade: Style = {"color": style["color"], "alpha": 0.2, "linewidth": 0}
     roc.fill_between(bands.false_positive_rate, bands.sensitivity_low, bands.sensitivity_high, **shade)
     precision_recall.fill_between(bands.recall, bands.precision_low, bands.precision_high, **shade)

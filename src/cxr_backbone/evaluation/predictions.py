@@ -98,10 +98,10 @@ class Predictions:
         )
 
     def write(self, path: Path) -> None:
-        """Write a row a film as Parquet: image_id, patient_id, the groups, and for each class or finding `score <name>`
-        and, in the column `label`, the class, or `label <finding>`, null if unknown."""
+        """Write a row a film as Parquet: image_id, patient_id, `subgroup <name>`, `score <name>` of each class or
+        finding, and the class in `label`, or each finding in `label <finding>`, null if unknown."""
         columns: dict[str, object] = {"image_id": self.image_ids, "patient_id": pa.array(self.patient_ids, pa.string())}
-        columns |= {name: pa.array(values, pa.string()) for name, values in self.groups.items()}
+        columns |= {f"subgroup {name}": pa.array(values, pa.string()) for name, values in self.groups.items()}
         if self.is_multi_label:
             for column, name in enumerate(self.names):
                 columns[f"label {name}"] = pa.array(self.labels[:, column], from_pandas=True)  # NaN becomes null

@@ -8,17 +8,16 @@ NOT_DEFINED = "not defined"
 def comparison_table(metrics: dict[str, Any], split: str = "test") -> str:
     """The figures of a split with 95 % intervals, a column a model, and the difference if there are two models."""
     models = metrics["models"]
-    table = {name.replace("_", "-"): model["splits"][split]["figures"] for name, model in models.items()}
-    if "comparison" in metrics:
-        table["difference"] = metrics["comparison"][split]["figures"]
-    rows = [
-        [
-            figure.replace("_", " "),
-            *[figure_text(its[figure], signed=name == "difference") for name, its in table.items()],
-        ]
-        for figure in next(iter(table.values()))
-    ]
-    return markdown_table(["", *table], rows)
+    header = ["", *(name.replace("_", "-") for name in models)]
+    columns = [model["splits"][split]["figures"] for model in models.values()]
+    differences = metrics["comparison"][split]["figures"] if "comparison" in metrics else None
+    rows = []
+    for figure in columns[0]:
+        shown = [figure_text(column[figure]) for column in columns]
+        if differences is not None:
+            shown.append(figure_text(differences[figure], signed=True))
+        rows.append([figure.replace("_", " "), *shown])
+    return markdown_table(header if differences is None else [*header, "difference"], rows)
 
 
 def operating_points_table(metrics: dict[str, Any], split: str = "test") -> str:

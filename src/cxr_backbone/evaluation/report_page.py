@@ -112,7 +112,10 @@ def _target_pictures(
     for target in targets:
         points = model["splits"]["test"]["targets"][target]["operating_points"]
         drawn = {
-            "roc": (plots.roc_and_precision_recall(by_model, target, points), "ROC and precision-recall curves"),
+            "roc": (
+                plots.roc_and_precision_recall(by_model, target, points, resamples=metrics["resamples"]),
+                "ROC and precision-recall curves",
+            ),
             "reliability": (plots.reliability_diagram(before, test, target), "Reliability diagram"),
             "scores": (plots.score_histograms(test, target, points), "Histogram of scores"),
         }

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
+from scipy.stats import binomtest
 
 from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
-from cxr_backbone.evaluation.bootstrap import RESAMPLES, PatientBootstrap, interval
+from cxr_backbone.evaluation.bootstrap import MIN_PATIENTS, RESAMPLES, PatientBootstrap, interval, number_patients
 from cxr_backbone.evaluation.calibration import (
     adaptive_bins,
     calibration_figures,
@@ -72,7 +73,7 @@ def split_results(
     Args:
         predictions: of the model as it is saved.
         temperature: what its logits were divided by (`config.temperature`); None if nothing was.
-        operating_points: `config.operating_points`. Labels that are none of the model's are an error there.
+        operating_points: `config.operating_points`.
         resamples, seed: of the patients.
 
     Returns:
@@ -83,10 +84,9 @@ def split_results(
     """
     bootstrap = PatientBootstrap(predictions.patient_ids, resamples=resamples, seed=seed)
     raw = uncalibrated(predictions, temperature) if temperature is not None else None
-    known_patients = {patient for patient in predictions.patient_ids if patient is not None}
     return {
         "films": len(predictions),
-        "patients": len(known_patients) or None,
+        "patients": _num_patients(predictions),
         "figures": _figures(predictions, bootstrap),
         "targets": {
             target: _target_results(predictions, target, operating_points.get(target, {}), bootstrap)
@@ -120,10 +120,12 @@ def compare(first: Predictions, last: Predictions, *, resamples: int = RESAMPLES
         other = values[0][name]
         difference = None if value is None or other is None else value - other
         of_samples = samples[1][name] - samples[0][name]
+        if name == "ece" and difference is not None:
+            of_samples = 2 * difference - of_samples  # as in _reflected
         differences[name] = interval(difference, of_samples, bootstrap.num_patients, undefined=_LACKING)
     return {
         "films": len(last),
-        "patients": len({patient for patient in last.patient_ids if patient is not None}) or None,
+        "patients": _num_patients(last),
         "figures": differences,
         "delong": {target: _delong(first, last, target) for target in last.targets},
     }
@@ -135,12 +137,18 @@ def uncalibrated(predictions: Predictions, temperature: float | list[float]) -> 
 
 
 _LACKING = "a class does not occur"
+_UNKNOWN = "the label is known of none of its films"
+
+
+def _num_patients(predictions: Predictions) -> int | None:
+    """None if some are not known."""
+    return None if None in predictions.patient_ids else len(set(predictions.patient_ids))
 
 
 def _figures(predictions: Predictions, bootstrap: PatientBootstrap) -> dict[str, Figure]:
     """The figures of the whole."""
     values, samples = _values(predictions), _samples(predictions, bootstrap)
-    samples["ece"] = _centred(samples["ece"], values["ece"] or 0)
+    samples["ece"] = _reflected(samples["ece"], values["ece"] or 0)
     return {
         name: interval(value, samples[name], bootstrap.num_patients, undefined=_LACKING)
         for name, value in values.items()
@@ -162,7 +170,8 @@ def _samples(predictions: Predictions, bootstrap: PatientBootstrap) -> Samples:
         auroc_micro, auprc_micro = bootstrap.rank_figures(*map(np.concatenate, zip(*questions, strict=True)))
         # As in the figures themselves, a finding that is in all films or in none has no part in the mean.
         questions = [question for question in questions if len(set(question[1])) == 2]
-        auroc_macro, auprc_macro = _mean_rank_figures(questions, bootstrap)
+        # Nor has one in a resample that lacks its few positive films.
+        auroc_macro, auprc_macro = _mean_rank_figures(questions, bootstrap, skip_undefined=True)
         return samples | {
             "auroc_macro": auroc_macro,
             "auroc_micro": auroc_micro,
@@ -175,11 +184,17 @@ def _samples(predictions: Predictions, bootstrap: PatientBootstrap) -> Samples:
     return samples | confusion_figures(counts) | {"auroc": auroc, "auprc": auprc}
 
 
-def _mean_rank_figures(questions: Sequence[tuple[np.ndarray, ...]], bootstrap: PatientBootstrap) -> np.ndarray:
-    """AUROC and AUPRC (2, resamples), the mean over the questions; NaN if there is none."""
+def _mean_rank_figures(
+    questions: Sequence[tuple[np.ndarray, ...]], bootstrap: PatientBootstrap, *, skip_undefined: bool = False
+) -> np.ndarray:
+    """AUROC and AUPRC (2, resamples), the mean over the questions, or over those that are defined in the resample; NaN
+    if there is none."""
     if not questions:
         return np.full((2, bootstrap.resamples), np.nan)
-    return np.mean([bootstrap.rank_figures(*question) for question in questions], axis=0)
+    figures = np.array([bootstrap.rank_figures(*question) for question in questions])  # (questions, 2, resamples)
+    defined = np.isfinite(figures) if skip_undefined else np.ones_like(figures, dtype=bool)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, figures, 0).sum(axis=0) / defined.sum(axis=0)
 
 
 def _target_results(
@@ -219,18 +234,29 @@ def _subgroup(
         compared_with = "all negatives" if all_positive else "all positives"
         chosen = chosen | (truth != all_positive)
     films, truth, scores = films[chosen], truth[chosen], scores[chosen]
+    figures = _target_figures(films, truth, scores, bootstrap)
+    at_points = _at_points(films, truth, scores, points, bootstrap)
+    if compared_with is not None:  # the others depend on how many of the other kind were added
+        figures = {"auroc": figures["auroc"]}
+        own = "sensitivity" if compared_with == "all negatives" else "specificity"
+        at_points = {name: {key: its[key] for key in ("threshold", own)} for name, its in at_points.items()}
     return {
         "films": int(members.sum()),
         "positives": int((truth & members[films]).sum()),
         "compared_with": compared_with,
-        "figures": {} if len(films) == 0 else _target_figures(films, truth, scores, bootstrap),
-        "operating_points": {} if len(films) == 0 else _at_points(films, truth, scores, points, bootstrap),
+        "figures": figures,
+        "operating_points": at_points,
     }
 
 
 def _target_figures(
     films: np.ndarray, truth: np.ndarray, scores: np.ndarray, bootstrap: PatientBootstrap
 ) -> dict[str, Figure]:
+    if len(films) == 0:
+        nothing = np.full(bootstrap.resamples, np.nan)
+        return {
+            name: interval(None, nothing, 0, undefined=_UNKNOWN) for name in ("auroc", "auprc", "ece", "brier", "nll")
+        }
     patients = bootstrap.count_patients(films)
     both = np.stack([1 - scores, scores], axis=1)
     values = classification_figures(truth.astype(int), both)
@@ -250,7 +276,9 @@ def _at_points(
     points: Mapping[str, Mapping[str, float]],
     bootstrap: PatientBootstrap,
 ) -> dict[str, Any]:
-    results = {}
+    results: dict[str, Any] = {}
+    if len(films) == 0:
+        return results
     for name in [*filter(points.__contains__, POINTS), *sorted(points.keys() - set(POINTS))]:
         threshold = points[name]["threshold"]
         tn, fp, fn, tp = at_operating_point(truth, scores, threshold)
@@ -258,11 +286,15 @@ def _at_points(
         outcomes = np.stack([~truth & ~called, ~truth & called, truth & ~called, truth & called], axis=1)
         samples = counts_figures(*bootstrap.sums(_spread(outcomes, films, bootstrap)).T)
         values = counts_figures(*np.array([tn, fp, fn, tp], dtype=float))
-        patients = bootstrap.count_patients(films)
-        figures = {
-            figure: interval(float(value), samples[figure], patients, undefined="no film to count")
-            for figure, value in values.items()
-        }
+        counted = {"sensitivity": truth, "specificity": ~truth, "ppv": called, "npv": ~called}
+        figures = {}
+        for figure, value in values.items():
+            patients = bootstrap.count_patients(films[counted[figure]] if figure in counted else films)
+            figures[figure] = interval(float(value), samples[figure], patients, undefined="no film to count")
+            if figure in counted and value in (0, 1) and patients >= MIN_PATIENTS:
+                # Resamples of patients without an error have none either; what binomial chance allows is known.
+                exact = binomtest(int(value) * patients, patients).proportion_ci()
+                figures[figure] = {"value": float(value), "low": float(exact.low), "high": float(exact.high)}
         results[name] = {"threshold": threshold, **figures, "confusion_matrix": [[tn, fp], [fn, tp]]}
     return results
 
@@ -274,7 +306,7 @@ def _calibration(predictions: Predictions, bootstrap: PatientBootstrap) -> dict[
 def _calibration_intervals(terms: np.ndarray, films: np.ndarray, bootstrap: PatientBootstrap) -> dict[str, Figure]:
     values = calibration_figures(terms.sum(axis=0))
     samples = calibration_figures(bootstrap.sums(_spread(terms, films, bootstrap)))
-    samples["ece"] = _centred(samples["ece"], float(values["ece"]))
+    samples["ece"] = _reflected(samples["ece"], float(values["ece"]))
     patients = bootstrap.count_patients(films)
     return {
         name: interval(float(value), samples[name], patients, undefined="nothing is known")
@@ -292,11 +324,11 @@ def _whole_terms(predictions: Predictions) -> np.ndarray:
     return terms
 
 
-def _centred(samples: np.ndarray, value: float) -> np.ndarray:
-    """ECE adds up absolute errors, so the noise of resampling makes it larger than that of the films themselves, and
-    its interval can lie above it. Shifted by what the median is too high, it is about the value again."""
-    defined = samples[np.isfinite(samples)]
-    return np.maximum(samples - np.median(defined) + value, 0) if len(defined) else samples
+def _reflected(samples: np.ndarray, value: float) -> np.ndarray:
+    """ECE adds up absolute errors, so noise makes it larger: that of the films than the truth, and that of a resample
+    than that of the films, by about as much. So the distances are taken the other way round (the basic bootstrap;
+    Davison & Hinkley 1997, section 5.2), and the interval may lie below the value."""
+    return np.maximum(2 * value - samples, 0)
 
 
 def _spread(values: np.ndarray, films: np.ndarray, bootstrap: PatientBootstrap) -> np.ndarray:
@@ -323,4 +355,7 @@ def _delong(first: Predictions, last: Predictions, target: str) -> dict[str, Any
     if len(set(truth)) < 2:
         return {"undefined": _LACKING}
     patients = [last.patient_ids[film] for film in films]
-    return delong_test(truth, scores, last.question(target)[2], patients)
+    result = delong_test(truth, scores, last.question(target)[2], patients)
+    if (number := int(number_patients(patients).max()) + 1) < MIN_PATIENTS:
+        result |= dict.fromkeys(("low", "high", "z", "p")) | {"undefined": f"only {number} patients, of {MIN_PATIENTS}"}
+    return result

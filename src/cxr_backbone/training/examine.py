@@ -172,11 +172,13 @@ class Examiner:
         from cxr_backbone.evaluation.saliency import choose_films, salient_films
 
         target = max(said.targets, key=lambda target: said.question(target)[1].sum())
-        chosen = choose_films(said, target)
+        points = (candidate.config.operating_points or {}).get(target, {})
+        threshold = points["youden"]["threshold"] if "youden" in points else 0.5
+        chosen = choose_films(said, target, threshold=threshold)
         pixels = stack_pixels([test[film] for films in chosen.values() for film in films])  # (films, size, size)
         images = to_images(torch.from_numpy(pixels).unsqueeze(1))
         pixel_values = to_pixel_values(images, candidate.image_processor)
-        return salient_films(candidate.model, said, target, chosen, pixels, pixel_values)
+        return salient_films(candidate.model, said, target, chosen, pixels, pixel_values, threshold=threshold)
 
     def _predict(self, candidate: Candidate, films: Dataset, **options: Any) -> tuple[Tensor, Tensor]:
         model, image_processor = candidate.model, candidate.image_processor

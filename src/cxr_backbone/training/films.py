@@ -1,5 +1,6 @@
 """The films of a run: loaded, split by patient, decoded, and ready to be audited."""
 
+import csv
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features
 
 from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
 from cxr_backbone.data.audit import audit, leaks, summary
@@ -124,7 +125,7 @@ def decode_films(opened: DatasetDict | Stream, data: DataArguments, *, image_siz
     return Films(splits, train, train_sample, sealed_test, unreadable)
 
 
-def decode_external(evaluation: EvaluationArguments, label_names: list[str], *, image_size: int) -> dict[str, Dataset]:
+def decode_external(evaluation: EvaluationArguments, config: CXRInceptionConfig) -> dict[str, Dataset]:
     """All films of the set that `evaluation.external` names, whatever their split, under `external <file name>`;
     nothing if it names none.
 
@@ -139,12 +140,12 @@ def decode_external(evaluation: EvaluationArguments, label_names: list[str], *, 
     if data.streaming:
         raise ValueError(f"{evaluation.external}: data.streaming has no place in an external set.")
     options = _options_of_loader(data)
-    films = all_films(load_films(data.format, seed=0, image_size=image_size, carve=False, **options))
-    check_labels(films, label_names, evaluation.external)
+    films = all_films(load_films(data.format, seed=0, image_size=config.image_size, carve=False, **options))
+    check_labels(films.features, config, evaluation.external)
     with join_processes().main_process_first():
         decoded = decode_once(
             films,
-            image_size,
+            config.image_size,
             data.cache_dir,
             reduced=data.decoding == "reduced",
             on_unreadable=_warn_of_unreadable if data.unreadable == "skip" else None,
@@ -171,17 +172,44 @@ def audit_films(films: Films, data: DataArguments) -> dict[str, Any]:
     return report
 
 
-def check_labels(films: Dataset, model_labels: list[str], source: str) -> None:
-    """A model can be tested on films that have its labels, in its order.
+def check_labels(features: Features, config: CXRInceptionConfig, source: str) -> None:
+    """A model can be tested on films that have its labels, in its order and of its kind.
 
     Raises:
         ValueError: they have others.
     """
-    if (found := label_names(films.features)) != model_labels:
+    kinds = {False: "one class a film", True: "several findings a film"}
+    wanted = [str(name) for name in (config.id2label or {}).values()]
+    is_multi = config.problem_type == "multi_label_classification"
+    if (found := label_names(features)) != wanted or is_multi_label(features) != is_multi:
         raise ValueError(
-            f"{source} has the labels {', '.join(found)}, and the model {', '.join(model_labels)}; expected the same, "
-            "in the same order. For a table, data.label_values says what its values mean."
+            f"{source} has the labels {', '.join(found)} ({kinds[is_multi_label(features)]}), and the model "
+            f"{', '.join(wanted)} ({kinds[is_multi]}); expected the same, in the same order. For a table, "
+            "data.label_values says what its values mean."
         )
+
+
+def check_not_trained_on(films: Films, split_file: Path) -> None:
+    """Films that a model was trained on say nothing of it. Where there is no such file, nothing is known.
+
+    Args:
+        split_file: split.csv of the run that trained the model.
+
+    Raises:
+        ValueError: validation or test films stood in its train split.
+    """
+    if not split_file.is_file():
+        return
+    with split_file.open(newline="", encoding="utf-8") as file:
+        trained = {(line["image_id"], line["patient_id"]) for line in csv.DictReader(file) if line["split"] == "train"}
+    for split in ("validation", "test"):
+        rows = films.splits[split]
+        ids = zip(rows["image_id"][:], (patient or "" for patient in rows["patient_id"][:]), strict=True)
+        if seen := len(trained.intersection(ids)):
+            raise ValueError(
+                f"{seen} films of the {split} split stood in train when the model was trained ({split_file}); expected "
+                f"the same split: --data {split_file.parent / 'config.yaml'}, or --data.split_file {split_file}"
+            )
 
 
 def check_classes(splits: DatasetDict, data: DataArguments) -> None:

@@ -96,7 +96,8 @@ class RunDirectory:
         for model, splits in predictions.items():
             for split, said in splits.items():
                 said.write(self.path / "predictions" / f"{model} {split}.parquet")
-        self.write_json(self.path / "metrics.json", metrics)
+        text = json.dumps(metrics, indent=2, allow_nan=False)  # what is not defined is null, with a reason
+        (self.path / "metrics.json").write_text(text + "\n")
 
     def keep_checkpoint(self, model: nn.Module, steps: int) -> None:
         """Keep the weights after so many steps, for the losses of each checkpoint in the end."""
@@ -123,7 +124,8 @@ class RunDirectory:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl, oldest first; none if there is no such file."""
     file = folder / "log.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was stopped may have begun another
 
 
 def _version(package: str) -> str | None:
