@@ -73,7 +73,7 @@ def row_of(run: Path, protocol: str) -> list[str]:
         " / ".join(f"{sum(film['split'] == name for film in films):,}" for name in SPLITS),
         "not known" if "" in shared else str(len(shared)),
         *[figure_text(figure) for figure in (frozen["auroc"], tuned["auroc"], tuned["accuracy"])],
-        f"{epochs:g}, {models['fine_tuned']['seconds']:.0f}",
+        f"{epochs:.1f}, {models['fine_tuned']['seconds']:.0f}",
         PUBLISHED[protocol],
     ]
 

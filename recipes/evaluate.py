@@ -7,8 +7,8 @@
 the config.yaml of its run directory, which names the same validation and test films. What else can be set, such as
 --data.source or --evaluation.external, is in `cxr_backbone.training.arguments`.
 
-A model without operating points gets a temperature and operating points from the validation split, as in a training,
-and is saved with them in <output_dir>/settled. One that has them is tested as it is.
+A model without a temperature or operating points gets them from the validation split, as in a training, and is saved
+with them in <output_dir>/settled. One that has both is tested as it is.
 """
 
 import argparse
