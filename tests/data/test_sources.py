@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from cxr_backbone.data.labels import make_features
-from cxr_backbone.data.sources import LOADERS, load_films
+from cxr_backbone.data.sources import FOR_EVERY_LOADER, LOADERS, load_films
 from cxr_backbone.training.arguments import DataArguments
 
 
@@ -25,7 +25,7 @@ def test_the_seed_reaches_the_loader(shared):
 
 @pytest.mark.parametrize("format", LOADERS)
 def test_every_option_of_a_loader_can_be_given_in_a_config(format):
-    options = set(inspect.signature(LOADERS[format]).parameters) - {"seed", "image_size"}
+    options = set(inspect.signature(LOADERS[format]).parameters) - set(FOR_EVERY_LOADER)
     assert options <= set(DataArguments.__dataclass_fields__)
     assert DataArguments(format=format, source=None if format == "synthetic" else "films").format == format
 

@@ -136,5 +136,4 @@ def test_what_can_not_be_tested_is_refused_in_one_sentence(trained, elsewhere, t
     swapped.save_pretrained(tmp_path / "swapped")
     assert "the model PNEUMONIA, NORMAL" in refusal(*model, *data, "--compare", tmp_path / "swapped")
     assert "--compare is the same as --model" in refusal(*model, *data, "--compare", trained.path / "fine_tuned/")
-    assert "stood in train when the model was trained" in refusal(*model, *data, "--run.seed", 1)
     assert str(tmp_path / "lost") in refusal("--model", tmp_path / "lost", *data)

@@ -180,7 +180,7 @@ FAULTS = [
 
 
 def test_without_a_fault_the_same_files_are_taken(recipe, config, tmp_path):
-    _, run, films, _, model, _ = recipe.prepare([str(config)])
+    _, run, films, _, _, model, _ = recipe.prepare([str(config)])
     assert {split: len(rows) for split, rows in films.splits.items()} == {"train": 18, "validation": 6, "test": 4}
     assert label_names(films.splits["train"].features) == ["NORMAL", "PNEUMONIA"] == list(model.config.label2id)
     assert not run.path.exists()
