@@ -50,7 +50,8 @@ class CXRInceptionConfig(BackboneConfigMixin, PreTrainedConfig):
             scores are calibrated: one number, or one a finding. The head does it already; this is its record.
         operating_points (`dict`, *optional*): thresholds that were chosen on the validation split, for `decide`:
             `{label: {name: {"threshold": ..., "sensitivity": ..., "specificity": ..., "films": ...}}}`; the last three
-            are the validation figures that chose it. A model with a head for other labels drops both.
+            are the validation figures that chose it (films counts views, if these were perturbed). A model with a head
+            for other labels drops both.
         out_features / out_indices: stages that `CXRInceptionBackbone` returns, out of `stage_names`.
 
     The five stages and their (channels, stride) at full width: stem (64, 2), stage1 (192, 4), stage2 (288, 8),
