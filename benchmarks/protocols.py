@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cxr_backbone.data.splits import SPLITS
 from cxr_backbone.evaluation.report import figure_text, markdown_table
+from cxr_backbone.training.state import read_log
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,13 +62,12 @@ def train(protocol: str, options: list[str]) -> None:
 
 def row_of(run: Path, protocol: str) -> list[str]:
     models = json.loads((run / "metrics.json").read_text())["models"]
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     with (run / "split.csv").open(newline="", encoding="utf-8") as file:
         films = list(csv.DictReader(file))
     patients = {name: {film["patient_id"] for film in films if film["split"] == name} for name in SPLITS}
     shared = patients["train"] & patients["test"]
     frozen, tuned = (models[name]["splits"]["test"]["figures"] for name in ("frozen", "fine_tuned"))
-    epochs = max(line["epoch"] for line in log if line["phase"] == "fine_tuning" and "epoch" in line)
+    epochs = max(line["epoch"] for line in read_log(run) if line["phase"] == "fine_tuning" and "epoch" in line)
     return [
         protocol,
         " / ".join(f"{sum(film['split'] == name for film in films):,}" for name in SPLITS),

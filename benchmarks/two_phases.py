@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cxr_backbone.evaluation.report import figure_text, markdown_table
+from cxr_backbone.evaluation.report import NOT_DEFINED, figure_text, markdown_table
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def auroc_table(runs: dict[str, Any], split: str) -> str:
                 for model in ("frozen", "fine_tuned")
             ]
             difference = figure_text({"low": None, **delong, "value": delong.get("difference")}, signed=True)
-            p = "not defined" if delong.get("p") is None else f"{delong['p']:.3f}"
+            p = NOT_DEFINED if delong.get("p") is None else f"{delong['p']:.3f}"
             rows.append([name, target, *map(figure_text, figures), difference, p])
     return markdown_table(["run", "", "frozen", "fine-tuned", "difference (DeLong)", "p"], rows)
 
@@ -79,7 +79,7 @@ def overfitting_table(runs: dict[str, Any]) -> str:
             [
                 name,
                 steps,
-                *("not defined" if value is None else f"{value:.3f}" for value in (*losses, *aurocs)),
+                *(NOT_DEFINED if value is None else f"{value:.3f}" for value in (*losses, *aurocs)),
                 *seconds,
             ]
         )

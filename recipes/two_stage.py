@@ -65,8 +65,7 @@ def main() -> None:
 
     def save(trained, folder):
         if accelerator.is_main_process:
-            trained.save_pretrained(folder)
-            image_processor.save_pretrained(folder)
+            Candidate(trained, image_processor).save(folder)
 
     def save_evaluated(trained, steps, is_best):
         if accelerator.is_main_process:
@@ -120,8 +119,7 @@ def main() -> None:
     candidates = {folder.name: examiner.load(folder) for folder in (run.frozen, run.fine_tuned)}
     for name, candidate in candidates.items():
         examiner.settle(candidate, validation)
-        if accelerator.is_main_process:
-            candidate.save(run.path / name)
+        save(candidate.model, run.path / name)
     test = films.open_test(*(candidate.config for candidate in candidates.values()))
     splits = {"train": films.train_sample, "validation": validation, "test": test}
     predictions = examiner.ask(candidates, splits | external)

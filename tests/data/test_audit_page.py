@@ -3,50 +3,24 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
 
 import datasets
 import numpy as np
 import pytest
 from data.drawn_sets import decoded, phantoms
+from page import Page
 from PIL import Image
 
 from cxr_backbone.data.audit import audit
 from cxr_backbone.data.audit_page import SHOWN_PAIRS, write_audit_page
 
-VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert('1')</script>\" onerror=\"x"
-
-
-class Page(HTMLParser):
-    """What a browser makes of the page: text (a space where a tag was), pictures, tags; all are closed in turn."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.html, self.text, self.open, self.tags, self.pictures = html, "", [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "img":
-            self.pictures.append(dict(attributes))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
-            self.text = " ".join(f"{self.text} {data}".split())
 
 
 def page_of(folder, unreadable=None, **splits):
     data = datasets.DatasetDict(splits)
     write_audit_page(audit(data, unreadable), data, folder / "audit.html")
-    return Page((folder / "audit.html").read_text(encoding="utf-8"))
+    return Page(folder / "audit.html")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
 from itertools import cycle
 
 import numpy as np
@@ -11,12 +10,12 @@ import pytest
 from browser import measure, screenshot
 from evaluation.drawn_predictions import FINDINGS, drawn_run, findings, several_classes, two_classes
 from evaluation.test_plots import LOG, OVERFITTING
+from page import Page
 from PIL import Image
 
 from cxr_backbone.evaluation.report_page import SHOWN_TARGETS, write_report
 from cxr_backbone.evaluation.saliency import SalientFilm
 
-VOID = {"meta", "img", "br"}
 HOSTILE = "<script>alert('1')</script>\" onerror=\"x"
 SPLITS = ("train", "validation", "test", "external nih")
 SECTIONS = [
@@ -24,34 +23,6 @@ SECTIONS = [
     *("Scores by label", "Confusion matrices", "Subgroups", "Inside and outside", "Where the model finds what it says"),
     "How it was made",
 ]
-
-
-class Page(HTMLParser):
-    """What a browser makes of a page: text, titles, pictures and tags, which are all closed in turn."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path, self.html = path, path.read_text(encoding="utf-8")
-        self.text, self.open, self.tags, self.pictures, self.sections = "", [], [], [], []
-        self.feed(self.html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag == "img":
-            self.pictures.append(dict(attributes))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open[-1:] == ["h2"]:
-            self.sections.append(data)
-        if self.open[-1:] != ["style"]:
-            self.text = " ".join(f"{self.text} {data}".split())
 
 
 def salient_films():
