@@ -12,13 +12,16 @@ from sklearn.metrics import roc_auc_score
 
 from cxr_backbone.evaluation.plots import (
     confusion_matrices,
+    films_with_maps,
     inside_outside,
     learning_curves,
+    overlay,
     reliability_diagram,
     roc_and_precision_recall,
     score_histograms,
 )
 from cxr_backbone.evaluation.predictions import Predictions
+from cxr_backbone.evaluation.saliency import SalientFilm
 
 HEADS = [(0.03, 0.11, 0.14), (0.01, 0.09, 0.12), (0.003, 0.08, 0.13)]  # L2, training and validation loss
 CHECKPOINTS = [(0, 0.0, None, 0.12), (50, 1.0, 0.8, 0.08), (100, 2.0, 0.6, 0.10)]
@@ -190,3 +193,25 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(binary):
     before = dict(matplotlib.rcParams)
     score_histograms(binary["frozen"], "PNEUMONIA", POINTS)
     assert dict(matplotlib.rcParams) == before
+
+
+def film(pixels, strength):
+    said = {"target": "PNEUMONIA", "truth": "NORMAL", "called": "PNEUMONIA", "score": 0.9, "explained": "PNEUMONIA"}
+    return SalientFilm(kind="surest wrong", image_id="film", pixels=pixels, map=strength, **said)
+
+
+def test_a_film_shows_its_map_where_something_speaks_and_itself_elsewhere():
+    strength = np.zeros((8, 8), np.float32)
+    strength[:4] = 1
+    pixels = overlay(film(np.full((8, 8), 100, np.uint8), strength))
+    assert (pixels[4:] == 100).all()
+    assert np.ptp(pixels[:4], axis=-1).min() > 20  # in colour
+
+
+def test_a_row_of_films_stands_over_their_maps():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    figure = films_with_maps([film(pixels, np.zeros((8, 8), np.float32))] * 3)
+    assert len(figure.axes) == 6
+    above, below = (axes.get_images()[0].get_array() for axes in (figure.axes[0], figure.axes[3]))
+    assert (above == pixels).all() and (below == pixels[..., np.newaxis]).all()
+    assert "true: NORMAL" in figure.axes[0].get_title() and figure.axes[3].get_xlabel() == "score 0.900"

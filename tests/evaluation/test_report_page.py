@@ -119,6 +119,7 @@ def test_figures_are_there_as_files_and_films_are_not(page):
     figures = ("learning_curves", "roc", "reliability", "scores", "confusion", "inside_outside")
     assert names == {f"{name}.png" for name in figures}
     assert all(Image.open(page.path.parent / "figures" / name).width >= 600 for name in names)
+    assert (page.path.parent / "films.png").is_file()
     assert "Do not publish" in page.text
 
 

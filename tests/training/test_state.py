@@ -1,6 +1,7 @@
 """A run directory holds what a run did, and never takes the place of another."""
 
 import csv
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -100,6 +101,16 @@ def test_the_environment_on_file_says_with_what_it_ran(started):
     assert environment["processes"] == 1 and environment["mixed_precision"] == "no"
     assert environment["threads"] == torch.get_num_threads()
     assert environment["device"]
+    assert environment["initial_weights_sha256"] is None  # it started from random ones
+
+
+def test_a_file_of_initial_weights_is_known_by_its_hash(arguments, films, tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"some weights")
+    arguments.model.init = str(tmp_path / "weights.pth")
+    run = RunDirectory(tmp_path / "run")
+    run.start(arguments, films, audit(films.splits), Accelerator(cpu=True))
+    environment = read(run.path / "environment.json")
+    assert environment["initial_weights_sha256"] == hashlib.sha256(b"some weights").hexdigest()
 
 
 def test_the_log_grows_a_line_at_a_time(started):

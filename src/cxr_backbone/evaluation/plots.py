@@ -6,10 +6,11 @@ and markers say the same once more. Every figure is legible at a width of 600 pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,8 +22,12 @@ from cxr_backbone.evaluation.calibration import adaptive_bins, reliability
 from cxr_backbone.evaluation.operating_points import at_operating_point
 from cxr_backbone.evaluation.predictions import Predictions
 
+if TYPE_CHECKING:
+    from cxr_backbone.evaluation.saliency import SalientFilm
+
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+OPACITY = 0.65  # of a Grad-CAM map where it is strongest
 
 Style = dict[str, Any]
 
@@ -197,6 +202,26 @@ _RING: Style = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "col
 _CHOSEN = _RING | {"label": "chosen"}
 
 
+def films_with_maps(films: Sequence[SalientFilm]) -> Figure:
+    """A row of films as the model sees them, and under each what spoke for its answer (`overlay`)."""
+    figure = _figure(height=4.6)
+    panels = figure.subplots(2, len(films), squeeze=False)
+    for (above, below), film in zip(panels.T, films, strict=True):
+        _draw_film(above, film.pixels)
+        above.set_title(f"{film.kind}\ntrue: {film.truth}\ncalled: {film.called}", fontsize=8.5)
+        _draw_film(below, overlay(film))
+        below.set_xlabel(f"score {film.score:.3f}", fontsize=8.5)
+    return figure
+
+
+def overlay(film: SalientFilm) -> np.ndarray:
+    """The film with its map laid over it in colour, uint8 (size, size, 3)."""
+    strength = OPACITY * film.map[..., np.newaxis]  # (size, size, 1)
+    grey = film.pixels[..., np.newaxis]
+    colors = 255 * colormaps["inferno"](film.map)[..., :3]  # (size, size, 3)
+    return (grey * (1 - strength) + colors * strength).round().astype(np.uint8)
+
+
 def _figure(height: float) -> Figure:
     return Figure(figsize=(7, height), layout="constrained")  # inches
 
@@ -260,6 +285,11 @@ def _draw_operating_points(
         roc.plot(fp / (fp + tn), tp / (tp + fn), **place, label=point)
         if tp + fp:  # else there is no precision
             precision_recall.plot(tp / (tp + fn), tp / (tp + fp), **place)
+
+
+def _draw_film(axes: Axes, pixels: np.ndarray) -> None:
+    axes.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    axes.set(xticks=[], yticks=[])
 
 
 def _draw_matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:

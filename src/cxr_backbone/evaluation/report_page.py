@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,7 +25,7 @@ from cxr_backbone.evaluation.saliency import SalientFilm
 MAIN_POINT = "youden"  # the operating point that is shown where there is room for one
 SHOWN_TARGETS = 6  # in pictures; tables have all
 SHOWN_FILM_SIZE = 224  # pixels
-OPACITY = 0.65  # of a map where it is strongest
+FILMS_IN_A_ROW = 2  # of each kind, in films.png
 DPI = 150
 
 Picture = dict[str, Any]  # the attributes of an <img>
@@ -41,8 +41,9 @@ def write_report(
 ) -> Path:
     """Write `report.html`, one file that needs nothing else (no network, no script), and `figures/*.png`.
 
-    Of more than six targets, those with the most positive test films have pictures. Films stand in the page alone, not
-    among the figures: whoever has no right to publish them has none to publish the page.
+    Of more than six targets, those with the most positive test films have pictures. Films stand in the page, and a row
+    of them in `films.png` beside it, but not among the figures: whoever has no right to publish films has none to
+    publish these two.
 
     Args:
         folder: is made if it is not there; a report that is there is replaced.
@@ -79,6 +80,8 @@ def write_report(
         reasons=reasons,
         number_reason=lambda reason: _number(reason, reasons),
     )
+    if saliency:
+        _save(plots.films_with_maps(_first_of_each_kind(saliency)), folder / "films.png", "Films with Grad-CAM")
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
@@ -148,15 +151,22 @@ def _confusion(folder: Path, metrics: Mapping[str, Any], targets: list[str], tes
     return _save(figure, folder / "confusion.png", "Confusion matrices")
 
 
+def _first_of_each_kind(saliency: Sequence[SalientFilm]) -> list[SalientFilm]:
+    counts: Counter[str] = Counter()
+    row = []
+    for film in saliency:
+        counts[film.kind] += 1
+        if counts[film.kind] <= FILMS_IN_A_ROW:
+            row.append(film)
+    return row
+
+
 def _film_rows(saliency: Sequence[SalientFilm]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Films by target and kind, in the order given."""
     rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for film in saliency:
-        strength = film.map[..., np.newaxis]  # (size, size, 1)
-        grey = np.repeat(film.pixels[..., np.newaxis], 3, axis=2)  # (size, size, 3)
-        colors = 255 * colormaps["inferno"](film.map)[..., :3]
-        overlay = (grey * (1 - OPACITY * strength) + colors * OPACITY * strength).round().astype(np.uint8)
-        pictures = [_film_picture(film.pixels, film.image_id), _film_picture(overlay, f"{film.image_id} with map")]
+        with_map = _film_picture(plots.overlay(film), f"{film.image_id} with map")
+        pictures = [_film_picture(film.pixels, film.image_id), with_map]
         entry = {"film": film, "pictures": pictures, "is_empty": not film.map.any()}
         rows.setdefault((film.target, film.kind), []).append(entry)
     return rows

@@ -127,6 +127,9 @@ class ModelArguments:
             "help": "Inception V3 weights (Hub id or file), a CXRInception checkpoint, or nothing: start at random"
         },
     )
+    init_provenance: str | None = field(
+        default=None, metadata={"help": "for the card: where a weights file comes from, and its licence"}
+    )
     image_size: int = field(default=299, metadata={"help": "pixels"})
     num_channels: int = field(default=1, metadata={"help": "1 or 3"})
     depth_multiplier: float = field(default=1.0, metadata={"help": "scales the width of every layer"})
@@ -142,6 +145,10 @@ class ModelArguments:
     avg_pool_count_include_pad: bool | None = field(
         default=None, metadata={"help": "false for weights that come from Keras"}
     )
+
+    def __post_init__(self):
+        allowed = self.init_provenance is None or self.init is not None
+        _require(allowed, "model.init_provenance", self.init_provenance, "nothing without model.init")
 
 
 @dataclass

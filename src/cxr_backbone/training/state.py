@@ -1,10 +1,12 @@
 """The run directory: everything that a run did, in one place."""
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import logging
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -48,8 +50,8 @@ class RunDirectory:
     config.yaml (resolved), environment.json, split.csv (which film is on which side; `data.split_file` of another run
     takes it), audit.json and audit.html (what the data told on themselves), unreadable.csv (films that were skipped,
     if any), log.jsonl (a line a step and a line an evaluation), frozen/ and fine_tuned/ (the two models; the pipeline
-    opens either), metrics.json, predictions/ (Parquet, a file for each model and split), report.html and figures/.
-    Until the test split is opened, checkpoints/ has the weights of each evaluation.
+    opens either), metrics.json, predictions/ (Parquet, a file for each model and split), report.html, films.png and
+    figures/. Until the test split is opened, checkpoints/ has the weights of each evaluation.
 
     Raises:
         ValueError: if the directory already holds files; a run never overwrites another.
@@ -80,7 +82,7 @@ class RunDirectory:
         (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(arguments), sort_keys=False))
         write_split(films.splits, self.path / "split.csv")
         self.write_audit(films, report)
-        self.write_json(self.path / "environment.json", _environment(accelerator))
+        self.write_json(self.path / "environment.json", _environment(accelerator, arguments.model.init))
 
     def write_audit(self, films: Films, report: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -135,15 +137,21 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _environment(accelerator: Accelerator) -> dict[str, Any]:
+def _environment(accelerator: Accelerator, init: str | None) -> dict[str, Any]:
+    weights = Path(init) if init and Path(init).is_file() else None
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "device": torch.cuda.get_device_name()
-        if accelerator.device.type == "cuda"
-        else platform.processor() or platform.machine(),
+        "initial_weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights else None,
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux; Python knows the name elsewhere
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
