@@ -9,6 +9,7 @@ import logging
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import is_multi_label, label_names
 from cxr_backbone.data.shards import Stream
-from cxr_backbone.hub import check_push_access, push_folder, write_card
+from cxr_backbone.hub import check_push_access, publish
+from cxr_backbone.package import assemble, check_worth_publishing
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.examine import Candidate, Examiner
 from cxr_backbone.training.features import extract_features
@@ -32,7 +34,7 @@ from cxr_backbone.training.phases import fine_tune, fit_head
 from cxr_backbone.training.start import start_model
 from cxr_backbone.training.state import RunDirectory
 
-MODEL_CARD = Path(__file__).parents[1] / "model_card.md"
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -133,13 +135,17 @@ def main() -> None:
         return
     examiner.write(run, candidates, predictions, test, log=run.read_log(), seconds=seconds)
     shutil.rmtree(run.checkpoints)
-    write_card(run.path, run.fine_tuned, MODEL_CARD, arguments.run.hub_model_id or run.path.name)
+    repo_id = arguments.run.hub_model_id or run.path.name
+    package = assemble(run.path, repo_id=repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)
     film = Image.fromarray(stack_pixels([test[0]])[0])
     print(f"{run.fine_tuned} says of a test image labelled {label_text(test)}:")
     print(classify(film))
     if arguments.run.push_to_hub:
-        print(push_folder(run.fine_tuned, arguments.run.hub_model_id))
+        try:
+            print(f"Published: {publish(package, repo_id, private=arguments.run.hub_private_repo)}")
+        except (ValueError, OSError) as error:
+            sys.exit(f"two_stage.py: {run.path} is complete, but not published: {error} See recipes/publish.py.")
 
 
 def prepare(argv):
@@ -149,11 +155,8 @@ def prepare(argv):
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
     run = RunDirectory(arguments.run.output_dir)
-    if arguments.run.push_to_hub and (arguments.data.permute_labels or arguments.data.protocol == "selected_on_test"):
-        raise ValueError(
-            "run.push_to_hub: a model of data.permute_labels or of protocol selected_on_test is for no use."
-        )
-    if arguments.run.push_to_hub:
+    if arguments.run.push_to_hub and arguments.run.hub_model_id:
+        check_worth_publishing(asdict(arguments.data))
         check_push_access(arguments.run.hub_model_id)
 
     settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}

@@ -1,111 +1,199 @@
-"""A folder with its card, as one commit on the Hub."""
+"""A folder as one commit on the Hub."""
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
-import yaml
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from cxr_backbone.evaluation.report import comparison_table, operating_points_table
+TRIES = 5
+WAIT = 2.0  # seconds before the second try, twice as long before each one after it
+LONGEST_WAIT = 300.0
+# 409 and 412: somebody else committed in between. The next try looks at what is there now.
+PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
+
+Result = TypeVar("Result")
 
 
-def check_push_access(repo_id: str | None) -> None:
-    """Find out, before anything is trained, whether `push_folder` will be let in.
+def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
+    """Find out, before anything is trained or uploaded, whether `publish` will be let in. Nothing is written.
+
+    Args:
+        create_pr: whether a pull request is all that is wanted; that takes no right to write, but a repository.
 
     Raises:
-        ValueError: if the name is missing or malformed, there is no token, the Hub refuses it, or it may not write
-            there.
+        ValueError: the name is malformed, there is no token, the Hub refuses it, or it may not write there.
+        ConnectionError: the Hub can't be reached.
     """
-    if repo_id is None:
-        raise ValueError("run.push_to_hub needs run.hub_model_id, for example org/cxr-inception.")
     validate_repo_id(repo_id)
     if get_token() is None:
-        raise ValueError("run.push_to_hub needs a token of the Hub: run `hf auth login` or set HF_TOKEN.")
-    try:
-        account = HfApi().whoami()
-    except HfHubHTTPError as error:
-        raise ValueError(
-            f"The Hub refuses this token ({error.response.status_code}); run `hf auth login` again."
-        ) from error
-    except Exception as error:  # what the HTTP client raises for a lost connection differs from version to version
-        raise ValueError(f"The Hub can't be asked about this token: {error}") from error
-    namespaces = [account["name"], *[org["name"] for org in account.get("orgs", [])]]
-    if "/" in repo_id and repo_id.split("/")[0] not in namespaces:
-        raise ValueError(f"This token can't write to {repo_id}; it can write under {', '.join(namespaces)}.")
-
-
-def write_card(run: Path, model: Path, template: Path, repo_id: str) -> None:
-    """Write `README.md` into the folder `model` of a finished run; every number in it comes from the run's files."""
-    metrics = json.loads((run / "metrics.json").read_text())
-    environment = json.loads((run / "environment.json").read_text())
-    arguments = yaml.safe_load((run / "config.yaml").read_text())
-    config = json.loads((model / "config.json").read_text())
-    audit = json.loads((run / "audit.json").read_text())
-    data_source = _without_folders(arguments["data"]["source"] or arguments["data"]["format"])
-    splits = metrics["models"]["fine_tuned"]["splits"]
-    results = [
-        EvalResult(
-            "image-classification", data_source, data_source, name, round(figure["value"], 4), dataset_split="test"
-        )
-        for name, figure in splits["test"]["figures"].items()
-        if figure["value"] is not None
-    ]
-    card_data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=["chest-x-ray", "inception-v3", "medical-imaging"],
-        model_name=repo_id,
-        eval_results=results,
-    )
-    card = ModelCard.from_template(
-        card_data,
-        template_path=str(template),
-        repo_id=repo_id,
-        labels=list(config["id2label"].values()),
-        multi_label=config["problem_type"] == "multi_label_classification",
-        image_size=config["image_size"],
-        data_source=data_source,
-        init=_without_folders(arguments["model"]["init"] or "random"),
-        films_without_patient=audit["patients_across_splits"]["films_without_patient"],
-        patients_across_splits=audit["patients_across_splits"]["count"],
-        duplicates_across_splits=audit["duplicates"]["groups_across_splits"],
-        images={name: split["films"] for name, split in audit["splits"].items()},
-        patients=splits["test"]["patients"],
-        resamples=metrics["resamples"],
-        noise_labels=arguments["data"]["permute_labels"],
-        selected_on_test=arguments["data"]["protocol"] == "selected_on_test",
-        seconds={name: model["seconds"] for name, model in metrics["models"].items()},
-        temperature=config["temperature"],
-        perturbed_views=arguments["evaluation"]["perturbed_views"],
-        points=sorted({point for points in config["operating_points"].values() for point in points}),
-        table=comparison_table(metrics),
-        operating_points=operating_points_table(metrics),
-        external={
-            name.removeprefix("external "): (split["films"], comparison_table(metrics, name))
-            for name, split in splits.items()
-            if name.startswith("external ")
-        },
-        **(environment | {"command": " ".join(map(_without_folders, environment["command"]))}),
-    )
-    card.save(model / "README.md")
-
-
-def push_folder(folder: Path, repo_id: str) -> str:
-    """Upload everything in `folder` as one commit, creating the repository if needed; the URL of the commit."""
+        raise ValueError(f"Publishing {repo_id} needs a token of the Hub: run `hf auth login` or set HF_TOKEN.")
     api = HfApi()
-    repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
-    # Not `upload_folder`: for a large folder that makes several commits, and a reader could meet half a model.
-    operations = [
-        CommitOperationAdd(path_in_repo=file.relative_to(folder).as_posix(), path_or_fileobj=file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    ]
-    return str(api.create_commit(repo_id, operations, commit_message="Upload CXRInception").commit_url)
+    account = _ask(api.whoami, repo_id)
+    if "/" not in repo_id:
+        repo_id = f"{account['name']}/{repo_id}"
+    role = account.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise ValueError(f"This token may only read; publishing {repo_id} needs one that may write.")
+    try:
+        _ask(lambda: api.auth_check(repo_id, write=not create_pr), repo_id)
+    except RepositoryNotFoundError as error:
+        if create_pr:
+            raise ValueError(f"There is no {repo_id} to open a pull request in.") from error
+        groups = [org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"]
+        namespaces = [account["name"], *groups]
+        if repo_id.split("/")[0] not in namespaces:
+            raise ValueError(
+                f"This token can't write to {repo_id}; it can write under {', '.join(namespaces)}."
+            ) from error
 
 
-def _without_folders(text: str) -> str:
-    """The name alone of what is a path on this machine: a card is public. Hub ids stay whole."""
-    return Path(text).name if Path(text).is_absolute() or Path(text).exists() else text
+def publish(
+    folder: str | Path, repo_id: str, *, private: bool = False, create_pr: bool = False, overwrite: bool = False
+) -> str:
+    """Upload a folder of `package.assemble` as one commit, creating the repository if needed.
+
+    Readers meet the old model or the new one, never half of one. What a lost connection left undone, the next try or
+    the next call does: files that have arrived are not sent again, and what is published already makes no commit.
+    Files of an earlier publication that the folder lacks are deleted in the same commit: pictures and weights.
+
+    Args:
+        private: make the repository private, if it is made now.
+        create_pr: open a pull request; the published model stays as it is.
+        overwrite: replace a published model that is better, or that can't be compared.
+
+    Returns:
+        The URL of the commit or of the pull request.
+
+    Raises:
+        ValueError: the folder has no model; the published model is better; the repository is public and `private` was
+            asked for; or the Hub refuses token, name or content.
+        ConnectionError: the Hub could not be reached, or broke off, in all of several tries.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "metrics.json", "README.md"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing; expected a folder of package.assemble.")
+    # A pull request whose answer got lost may be open all the same; a second try would open a second one.
+    tries = 1 if create_pr else TRIES
+    return _ask(lambda: _publish(folder, repo_id, private, create_pr, overwrite), repo_id, tries=tries)
+
+
+def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwrite: bool) -> str:
+    api = HfApi()
+    if not create_pr:
+        repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+    try:
+        published = api.model_info(repo_id)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"There is no {repo_id} to open a pull request in.") from error
+    if private and not published.private:
+        raise ValueError(f"{repo_id} is there already and public; --private makes new repositories private.")
+    if not create_pr and not overwrite:
+        _check_not_better(published, json.loads((folder / "metrics.json").read_text()))
+
+    # Made anew for each try: an operation that was committed without an answer would be committed once more.
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
+    deletions = [CommitOperationDelete(name) for name in _names(published) if _is_stale(name) and name not in files]
+    commit = api.create_commit(
+        repo_id,
+        [*additions, *deletions],
+        commit_message="Publish a model of cxr-backbone",
+        create_pr=create_pr,
+        parent_commit=published.sha,  # what was compared is what is replaced
+    )
+    return commit.pr_url or str(commit.commit_url)
+
+
+def _is_stale(name: str) -> bool:
+    """Whether a file that the folder lacks is left from an earlier publication. Others are not ours to delete."""
+    return (name.startswith("figures/") and name.endswith(".png")) or (
+        name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    )
+
+
+def _names(published: ModelInfo) -> list[str]:
+    return [file.rfilename for file in published.siblings or []]
+
+
+def _check_not_better(published: ModelInfo, metrics: dict[str, Any]) -> None:
+    """Refuse to replace a model with a higher AUROC on validation or on test, or one that can't be compared."""
+    if not any(name in _names(published) for name in ("config.json", "metrics.json")):
+        return
+    theirs: dict[str, Any] = {}
+    if "metrics.json" in _names(published):
+        file = hf_hub_download(published.id, "metrics.json", revision=published.sha)
+        theirs = json.loads(Path(file).read_text())
+    overwrite = "pass --overwrite to replace it all the same (its commit stays readable)"
+    try:
+        (their_labels, their_aurocs), (labels, aurocs) = _labels_and_aurocs(theirs), _labels_and_aurocs(metrics)
+    except (KeyError, TypeError):
+        their_labels, labels = None, []  # without a metrics.json of this package, or undefined
+    if their_labels != labels:
+        raise ValueError(f"{published.id} holds a model that can't be compared with this one; {overwrite}.")
+    for split, auroc in their_aurocs.items():
+        if auroc > aurocs[split]:
+            raise ValueError(
+                f"{published.id} holds a better model: AUROC on {split} {auroc:.4f}, this run {aurocs[split]:.4f}. "
+                "(Whoever chooses between runs by their test figures makes these worthless.) If this run is to be "
+                f"published for another reason, {overwrite}."
+            )
+
+
+def _labels_and_aurocs(metrics: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
+    """The labels of the model that is published, and its AUROC by split; of several labels their mean.
+
+    Raises:
+        KeyError, TypeError: it has none.
+    """
+    splits = metrics["models"]["fine_tuned"]["splits"]
+    figures = {split: splits[split]["figures"] for split in ("validation", "test")}
+    name = "auroc_macro" if "auroc_macro" in figures["test"] else "auroc"
+    return sorted(splits["test"]["targets"]), {split: float(its[name]["value"]) for split, its in figures.items()}
+
+
+def _ask(question: Callable[[], Result], repo_id: str, tries: int = TRIES) -> Result:
+    """The answer of the Hub, asked again while it is busy or out of reach."""
+    for attempt in range(1, tries + 1):
+        try:
+            return question()
+        except RepositoryNotFoundError:
+            raise
+        except (HTTPError, LocalEntryNotFoundError, RuntimeError) as caught:
+            # HTTPError: of huggingface_hub and of the client under it, which wraps one in a RuntimeError for an upload.
+            error = caught.__cause__ if isinstance(caught, RuntimeError) else caught
+            if not isinstance(error, HTTPError | LocalEntryNotFoundError):
+                raise
+            response = error.response if isinstance(error, HfHubHTTPError) else None
+            if response is not None and response.status_code not in PASSING:
+                raise ValueError(_refusal(response.status_code, error, repo_id)) from error
+            if attempt == tries:
+                raise ConnectionError(
+                    f"The Hub can't be reached or broke off ({_reason(error)}). Run the same command again: what has "
+                    "arrived there is not sent again."
+                ) from error
+            time.sleep(_seconds_to_wait(response, attempt))
+    raise AssertionError("not reached")
+
+
+def _refusal(status: int, error: Exception, repo_id: str) -> str:
+    if status == 401:
+        return f"The Hub refuses this token for {repo_id} (401); run `hf auth login` again."
+    if status == 403:
+        return f"This token can't write to {repo_id} (403): {_reason(error)}"
+    return f"The Hub refuses {repo_id} ({status}): {_reason(error)}"
+
+
+def _seconds_to_wait(response: Any, attempt: int) -> float:
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked) if asked.isdigit() else WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
+
+
+def _reason(error: Exception) -> str:
+    said = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    return said.splitlines()[0]

@@ -1,61 +1,16 @@
-"""A folder goes up as one commit, and comes back by id through every Auto class, with the package and without it."""
+"""A folder goes up as one commit, whatever happens on the way, and never in the place of a better model."""
 
 import json
-import subprocess
-import sys
 
-import numpy as np
 import pytest
-import torch
 from hub.loopback import LoopbackHub
-from PIL import Image
+from interpreter import Interpreter
 
-from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
-from cxr_backbone.data.synthetic import draw_phantom
+from cxr_backbone.hub import TRIES
 
 REPO = "org/cxr-inception"
-
-WITH_THE_PACKAGE = """
-import cxr_backbone
-options = {"trust_remote_code": False}
-"""
-WITHOUT_THE_PACKAGE = """
-import sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "cxr_backbone":
-            raise ModuleNotFoundError(f"blocked: {name}")
-
-sys.meta_path.insert(0, Blocker())
-options = {"trust_remote_code": True}
-"""
-LOAD = """
-import json, torch
-from PIL import Image
-from transformers import (
-    AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
-)
-film = Image.open(FILM)
-config = AutoConfig.from_pretrained(REPO, **options)
-image_processor = AutoImageProcessor.from_pretrained(REPO, **options)
-pixel_values = image_processor(film, return_tensors="pt")["pixel_values"]
-with torch.inference_mode():
-    logits = AutoModelForImageClassification.from_pretrained(REPO, **options)(pixel_values).logits
-    features = AutoModel.from_pretrained(REPO, **options)(pixel_values).pooler_output
-    backbone = AutoBackbone.from_pretrained(REPO, out_features=["stage1", "stage4"], **options)
-    maps = backbone(pixel_values).feature_maps
-result = {
-    "classes": [type(it).__name__ for it in (config, image_processor, backbone)],
-    "module": type(backbone).__module__.partition(".")[0],
-    "pixel_values": pixel_values.tolist(),
-    "logits": logits.tolist(),
-    "pooled": features.tolist(),
-    "stage1": maps[0].mean((2, 3)).tolist(),
-    "stage4": maps[1].mean((2, 3)).tolist(),
-    "pipeline": pipeline("image-classification", model=REPO, **options)(FILM),
-}
-"""
+COMMIT = "/api/models/org/{}/commit/main"
+WEIGHTS = b"\0\1weights" * 100
 
 
 @pytest.fixture(scope="module")
@@ -65,174 +20,279 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hub():
-    with LoopbackHub(tokens={"hf_write": "org"}) as hub:
+    with LoopbackHub(tokens={"hf_write": "org", "hf_read": "org", "hf_other": "other"}, read_only={"hf_read"}) as hub:
         yield hub
 
 
 @pytest.fixture(scope="module")
 def client(hub, home):
-    """Runs lines of Python in a fresh process, away from the repository; returns what they leave in `result`."""
-
-    def run(lines, token=None, cache="cache"):
-        process = subprocess.run(
-            [sys.executable, "-c", f"{lines}\nimport json\nprint(json.dumps(result))"],
-            env=hub.environment(home / cache, token),
-            cwd=home,
-            stdin=subprocess.DEVNULL,  # a question would be an error, not a wait
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr
-        return json.loads(process.stdout.splitlines()[-1])
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def film(home):
-    Image.fromarray(draw_phantom(0, opacity=True, image_size=96)).save(home / "film.png")
-    return home / "film.png"
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = CXRInceptionConfig(depth_multiplier=0.1, image_size=75, id2label={0: "NORMAL", 1: "PNEUMONIA"})
-    return CXRInceptionForImageClassification(config).eval()
-
-
-@pytest.fixture(scope="module")
-def image_processor():
-    return CXRInceptionImageProcessor(size={"height": 75, "width": 75}, image_mean=[0.4], image_std=[0.3])
-
-
-@pytest.fixture(scope="module")
-def folder(home, model, image_processor):
-    """What a run leaves to be shared, with a folder inside."""
-    folder = home / "final"
-    model.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A model\n")
-    (folder / "figures").mkdir()
-    (folder / "figures/curve.png").write_bytes(b"\x89PNG\0" + bytes(range(256)))
-    return folder
-
-
-def contents(folder):
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-@pytest.fixture(scope="module")
-def pushed(hub, client, folder):
-    """After a push, another card and a second push: what the folder held each time, the repository, the addresses."""
-    first = contents(folder)
-    urls = client(
-        f"""
-from pathlib import Path
-from cxr_backbone.hub import push_folder
-folder = Path({str(folder)!r})
-result = [push_folder(folder, "{REPO}")]
-(folder / "README.md").write_text("# Another card")
-result.append(push_folder(folder, "{REPO}"))
-""",
-        token="hf_write",
-    )
-    return [first, contents(folder)], hub.repos[REPO], urls
+    """Runs lines of Python in a process of its own, with HF_ENDPOINT set from the start, away from the repository."""
+    client = Interpreter(home, hub.environment(home / "cache"))
+    yield client
+    client.close()
 
 
 # check_push_access
 
 REFUSED = {
-    "no name": (None, "hf_write", "run.push_to_hub needs run.hub_model_id, for example org/cxr-inception."),
-    "malformed name": ("org/cxr inception", "hf_write", "org/cxr inception"),
-    "two slashes": ("org/cxr/inception", "hf_write", "org/cxr/inception"),
-    "no token": (REPO, None, "needs a token of the Hub: run `hf auth login` or set HF_TOKEN."),
-    "bad token": (REPO, "hf_wrong", "The Hub refuses this token (401); run `hf auth login` again."),
-    "foreign namespace": ("timm/x", "hf_write", "This token can't write to timm/x; it can write under org."),
+    "malformed name": (["org/cxr inception"], "hf_write", "org/cxr inception"),
+    "two slashes": (["org/cxr/inception"], "hf_write", "org/cxr/inception"),
+    "no token": ([REPO], None, "needs a token of the Hub: run `hf auth login` or set HF_TOKEN."),
+    "bad token": ([REPO], "hf_wrong", f"The Hub refuses this token for {REPO} (401); run `hf auth login` again."),
+    "read-only token": ([REPO], "hf_read", f"This token may only read; publishing {REPO} needs one that may write."),
+    "foreign namespace": (["timm/x"], "hf_write", "This token can't write to timm/x; it can write under org."),
+    "somebody else's": (["org/there"], "hf_other", "This token can't write to org/there (403)"),
+    "nothing to propose to": (["org/nothing", True], "hf_write", "There is no org/nothing to open a pull request in."),
+}
+LET_IN = {
+    "new": ([REPO], "hf_write"),
+    "name alone": (["cxr-inception"], "hf_write"),
+    "one's own": (["org/there"], "hf_write"),
+    "a pull request for somebody else's": (["org/there", True], "hf_other"),
 }
 
 
 @pytest.fixture(scope="module")
-def answers(client):
-    """What `check_push_access` says in each case of REFUSED, and in two that it lets through."""
-    cases = {case: arguments[:2] for case, arguments in REFUSED.items()}
-    cases |= {"own namespace": (REPO, "hf_write"), "name alone": ("cxr-inception", "hf_write")}
-    return client(f"""
+def answers(hub, client):
+    """What `check_push_access` says in each case of REFUSED and LET_IN, and what it asked."""
+    hub.add_repo("org/there", {"config.json": b"{}"})
+    cases = {case: arguments[:2] for case, arguments in (REFUSED | LET_IN).items()}
+    before = len(hub.requests)
+    answers = client.run(f"""
 import os
 from cxr_backbone.hub import check_push_access
 result = {{}}
-for case, (repo_id, token) in {cases}.items():
+for case, ((repo_id, *create_pr), token) in {cases}.items():
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
     try:
-        result[case] = check_push_access(repo_id)
+        result[case] = check_push_access(repo_id, create_pr=bool(create_pr))
     except ValueError as error:
         result[case] = str(error)
 """)
+    return answers, hub.requests[before:]
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_push_that_would_be_refused_is_refused_before_training(answers, case):
-    assert REFUSED[case][2] in answers[case]
+    assert REFUSED[case][2] in answers[0][case]
 
 
-@pytest.mark.parametrize("case", ["own namespace", "name alone"])
+@pytest.mark.parametrize("case", LET_IN)
 def test_a_push_that_would_be_let_in_passes(answers, case):
-    assert answers[case] is None
+    assert answers[0][case] is None
 
 
-# push_folder
+def test_finding_that_out_writes_nothing(answers):
+    assert {request.partition(" ")[0] for request in answers[1]} == {"GET"}
 
 
-def test_each_push_is_one_commit_with_every_file(pushed, hub):
-    held, repo, urls = pushed
-    assert [commit.files for commit in repo.commits] == held
-    assert urls == [f"{hub.endpoint}/{REPO}/commit/{commit.sha}" for commit in repo.commits]
+# publish
 
 
-def test_the_code_that_opens_the_model_goes_up_with_it(pushed):
-    trio = {f"{kind}_cxr_inception.py" for kind in ("configuration", "modeling", "image_processing")}
-    assert trio | {"figures/curve.png", "README.md", "model.safetensors"} < set(pushed[1].files)
+def metrics(validation=0.99, test=0.95, label="PNEUMONIA"):
+    """As much of metrics.json as is compared."""
+    splits = {
+        split: {"figures": {"auroc": {"value": value}}, "targets": {label: {}}}
+        for split, value in (("validation", validation), ("test", test))
+    }
+    return {"models": {"frozen": {}, "fine_tuned": {"splits": splits}}}
 
 
-@pytest.fixture(scope="module", params=[WITH_THE_PACKAGE, WITHOUT_THE_PACKAGE], ids=["package", "remote code"])
-def loaded(request, client, pushed, film):
-    """What a process gets by id from the Hub: with `import cxr_backbone`, and where that can't be imported."""
-    lines = f"{request.param}\nREPO, FILM = {REPO!r}, {str(film)!r}\n{LOAD}"
-    if request.param is WITH_THE_PACKAGE:
-        return "cxr_backbone", client(lines, cache="cache-with")
-    check = 'assert "cxr_backbone" not in sys.modules\n'
-    return "transformers_modules", client(f"{lines}\n{check}", cache="cache-without")
+CONTENT = {
+    "config.json": b'{"model_type": "cxr_inception"}',
+    "metrics.json": json.dumps(metrics()).encode(),
+    "README.md": b"---\nlibrary_name: transformers\n---\n# A model\n",
+    "model.safetensors": WEIGHTS,
+    "figures/roc.png": b"\x89PNG\0",
+}
 
 
-def test_every_auto_class_opens_the_id_with_the_classes_of_the_package_or_of_the_repository(loaded):
-    module, found = loaded
-    assert found["classes"] == ["CXRInceptionConfig", "CXRInceptionImageProcessor", "CXRInceptionBackbone"]
-    assert found["module"] == module
+@pytest.fixture(scope="module")
+def publish(home, client):
+    """Publishes CONTENT, with changes, to each repository named; what `publish` answered, or the name and the text of
+    its error."""
+
+    def run(*names, token="hf_write", changes=None, **options):
+        folder = home / f"folder-{len(list(home.iterdir()))}"
+        for name, content in (CONTENT | (changes or {})).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return client.run(f"""
+import os
+from cxr_backbone import hub
+os.environ["HF_TOKEN"] = {token!r}
+hub.WAIT = 0.01
+result = []
+for name in {names}:
+    try:
+        result.append(hub.publish({str(folder)!r}, f"org/{{name}}", **{options}))
+    except (ValueError, OSError) as error:
+        result.append([type(error).__name__, str(error)])
+""")
+
+    return run
 
 
-def test_what_was_pushed_gives_the_same_values_by_id(loaded, model, image_processor, film):
-    pixel_values = image_processor(Image.open(film), return_tensors="pt")["pixel_values"]
-    with torch.inference_mode():
-        outputs = model.cxr_inception(pixel_values, output_hidden_states=True)
-        expected = {
-            "pixel_values": pixel_values,
-            "logits": model(pixel_values).logits,
-            "pooled": outputs.pooler_output,
-            "stage1": outputs.hidden_states[1].mean((2, 3)),
-            "stage4": outputs.pooler_output,
-        }
-    for name, values in expected.items():
-        assert values.std() > 0
-        np.testing.assert_allclose(loaded[1][name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+def test_a_new_repository_gets_one_commit_with_every_file_and_a_second_time_none(hub, publish):
+    urls = publish("new", "new")
+    (commit,) = hub.repos["org/new"].commits
+    assert commit.files == CONTENT
+    assert urls == [f"{hub.endpoint}/org/new/commit/{commit.sha}"] * 2
+    assert not hub.repos["org/new"].private
 
 
-def test_the_pipeline_gives_the_probabilities_of_the_model_by_id(loaded, model, image_processor, film):
-    with torch.inference_mode():
-        logits = model(**image_processor(Image.open(film), return_tensors="pt")).logits
-    scores = {row["label"]: row["score"] for row in loaded[1]["pipeline"]}
-    assert list(scores) == sorted(scores, key=scores.get, reverse=True)
-    expected = dict(zip(["NORMAL", "PNEUMONIA"], logits.softmax(-1)[0].tolist(), strict=True))
-    assert scores == pytest.approx(expected, abs=1e-6)
+def test_what_is_left_of_an_earlier_model_goes_in_the_same_commit_and_what_others_put_there_stays(hub, publish):
+    theirs = {"onnx/model.onnx": b"onnx", ".gitattributes": b"*", "NOTES.md": b"read me", "figures/notes.txt": b"a"}
+    stale = {"figures/old.png": b"\x89PNG\0", "model-00001-of-00002.safetensors": b"\0"}
+    hub.add_repo("org/stale", CONTENT | theirs | stale)
+    publish("stale", changes={"README.md": b"# Another card"})
+    commits = hub.repos["org/stale"].commits
+    assert len(commits) == 2
+    assert commits[-1].files == CONTENT | theirs | {"README.md": b"# Another card"}
+
+
+def test_a_private_repository_is_made_so(hub, publish):
+    publish("hidden", private=True)
+    assert hub.repos["org/hidden"].private and len(hub.repos["org/hidden"].commits) == 1
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, publish):
+    hub.add_repo("org/public", {})
+    ((kind, message),) = publish("public", private=True)
+    assert kind == "ValueError" and "org/public is there already and public" in message
+    assert hub.repos["org/public"].files == {}
+
+
+def test_a_pull_request_leaves_the_published_model_as_it_is(hub, publish):
+    better = {"metrics.json": json.dumps(metrics(test=0.999)).encode()}
+    hub.add_repo("org/proposed", CONTENT | better)
+    (url,) = publish("proposed", create_pr=True, token="hf_other")
+    assert url == f"{hub.endpoint}/org/proposed/discussions/1"
+    assert hub.repos["org/proposed"].files == CONTENT | better
+    assert hub.repos["org/proposed"].at("refs/pr/1").files == CONTENT
+
+
+# What goes wrong on the way: how the Hub fails, and how often before it answers
+
+TROUBLES = {
+    "busy": lambda hub, name: hub.fail("POST", COMMIT.format(name), 429, headers={"Retry-After": "1"}),
+    "broken": lambda hub, name: hub.fail("POST", COMMIT.format(name), 500, times=2),
+    "moved": lambda hub, name: hub.fail("POST", COMMIT.format(name), 412),
+    "conflicting": lambda hub, name: hub.fail("POST", COMMIT.format(name), 409),
+    "cut": lambda hub, name: hub.cut("POST", COMMIT.format(name)),
+    "lost": lambda hub, name: hub.lose_answer("POST", COMMIT.format(name)),
+    "lost-creation": lambda hub, name: hub.lose_answer("POST", "/api/repos/create"),
+    "unknown": lambda hub, name: hub.fail("GET", f"/api/models/org/{name}", 503),
+}
+
+
+@pytest.fixture(scope="module")
+def troubled(hub, publish):
+    return dict(zip(TROUBLES, (trouble_with(hub, name, publish) for name in TROUBLES), strict=True))
+
+
+def trouble_with(hub, name, publish):
+    TROUBLES[name](hub, name)
+    (answer,) = publish(name)
+    return answer
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_trouble_that_passes_ends_in_one_commit(hub, troubled, name):
+    (commit,) = hub.repos[f"org/{name}"].commits
+    assert commit.files == CONTENT
+    assert troubled[name] == f"{hub.endpoint}/org/{name}/commit/{commit.sha}"
+
+
+def test_when_no_try_succeeds_nothing_is_published_and_the_next_call_goes_on_from_there(hub, publish):
+    weights = b"\0\2weights" * 100
+    hub.fail("POST", COMMIT.format("down"), 503, times=TRIES)
+    ((kind, message),) = publish("down", changes={"model.safetensors": weights})
+    assert kind == "ConnectionError" and "Run the same command again" in message
+    assert hub.repos["org/down"].commits == []
+    before = len(hub.requests)
+    publish("down", changes={"model.safetensors": weights})
+    assert hub.repos["org/down"].files == CONTENT | {"model.safetensors": weights}
+    assert not [request for request in hub.requests[before:] if request.startswith("PUT")]
+
+
+def test_weights_that_break_off_half_way_are_sent_again(hub, publish):
+    weights = b"\0\3weights" * 100
+    hub.cut("PUT", "/lfs/.*")
+    publish("half", changes={"model.safetensors": weights})
+    (commit,) = hub.repos["org/half"].commits
+    assert commit.files["model.safetensors"] == weights
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "The Hub refuses this token"), (403, "can't write to org/no-")])
+def test_a_refusal_is_told_at_once_and_publishes_nothing(hub, publish, status, message):
+    hub.fail("POST", COMMIT.format(f"no-{status}"), status)
+    ((kind, told),) = publish(f"no-{status}")
+    assert kind == "ValueError" and message in told and str(status) in told
+    assert hub.repos[f"org/no-{status}"].commits == []
+
+
+def test_a_folder_without_metrics_is_not_published(hub, home, client):
+    (home / "bare").mkdir()
+    (home / "bare/config.json").write_text("{}")
+    before = len(hub.requests)
+    told = client.run("""
+from cxr_backbone.hub import publish
+try:
+    publish("bare", "org/bare")
+except ValueError as error:
+    result = str(error)
+""")
+    assert "metrics.json is missing" in told
+    assert len(hub.requests) == before
+
+
+# What is published already
+
+PUBLISHED = {
+    "better-on-validation": (metrics(validation=0.991), "holds a better model: AUROC on validation 0.9910"),
+    "better-on-test": (metrics(test=0.951), "holds a better model: AUROC on test 0.9510, this run 0.9500"),
+    "other-labels": (metrics(label="EFFUSION"), "holds a model that can't be compared"),
+    "other-metrics": ({"accuracy": 0.9}, "holds a model that can't be compared"),
+    "no-metrics": (None, "holds a model that can't be compared"),
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(hub, publish):
+    """What is told of each repository of PUBLISHED, and the commits that each then has."""
+    for name, (published, _) in PUBLISHED.items():
+        files = {"config.json": b"{}", "model.safetensors": b"\0"}
+        if published is not None:
+            files["metrics.json"] = json.dumps(published).encode()
+        hub.add_repo(f"org/{name}", files)
+    told = dict(zip(PUBLISHED, publish(*PUBLISHED), strict=True))
+    return told, {name: len(hub.repos[f"org/{name}"].commits) for name in PUBLISHED}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_better_or_another_model_is_not_replaced(guarded, name):
+    told, commits = guarded
+    kind, message = told[name]
+    assert kind == "ValueError" and PUBLISHED[name][1] in message and "pass --overwrite" in message
+    assert commits[name] == 1
+
+
+def test_it_is_replaced_when_that_is_asked_for(guarded, hub, publish):
+    publish(*PUBLISHED, overwrite=True)
+    for name in PUBLISHED:
+        assert hub.repos[f"org/{name}"].files == CONTENT
+
+
+def test_a_worse_model_is_replaced_and_its_commit_stays(hub, publish):
+    worse = {"metrics.json": json.dumps(metrics(validation=0.98, test=0.94)).encode()}
+    first = hub.add_repo("org/worse", CONTENT | worse).head
+    publish("worse")
+    assert hub.repos["org/worse"].files == CONTENT
+    assert hub.repos["org/worse"].at(first.sha).files == CONTENT | worse
+
+
+def test_no_token_is_ever_printed(guarded, answers, troubled, client):
+    assert "hf_" not in client.printed + client.read_errors()

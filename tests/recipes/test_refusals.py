@@ -220,7 +220,7 @@ SETTINGS = [
     (["--model.dropout", "1"], ["dropout=1"]),
     (["--model.num_channels", "2"], ["num_channels=2"]),
     (["--run.push_to_hub", "true"], ["run.hub_model_id"]),
-    (["--run.push_to_hub", "true", "--run.hub_model_id", "org/cxr"], ["run.push_to_hub", "token", "hf auth login"]),
+    (["--run.push_to_hub", "true", "--run.hub_model_id", "org/cxr"], ["org/cxr", "token", "hf auth login"]),
     (["--run.push_to_hub", "true", "--run.hub_model_id", "no name"], ["no name"]),
 ]
 

@@ -47,9 +47,9 @@ def test_they_are_told_apart_by_age_sex_and_view(findings_run):
 def test_the_saved_model_is_a_multi_label_one_and_its_card_says_so(findings_run):
     config = json.loads((findings_run.path / "fine_tuned/config.json").read_text())
     assert config["problem_type"] == "multi_label_classification" and len(config["id2label"]) == 14
-    card = (findings_run.path / "fine_tuned/README.md").read_text()
+    card = (findings_run.path / "hub/README.md").read_text()
     assert comparison_table(findings_run.read("metrics.json")) in card
-    assert "A finding's figures come from the images where it is known" in card and "highest score" not in card
+    assert "A finding's figures come from the films of which it is known" in card and "highest score" not in card
 
 
 def test_the_pipeline_scores_each_finding_on_its_own(findings_run):

@@ -59,7 +59,7 @@ def run(request):
 
 def test_the_run_directory_is_complete(run):
     files = {"config.yaml", "environment.json", "split.csv", "audit.json", "audit.html", "log.jsonl"}
-    results = {"metrics.json", "predictions", "report.html", "figures"}
+    results = {"metrics.json", "predictions", "report.html", "films.png", "figures", "hub"}
     found = {path.name for path in run.path.iterdir()}
     assert found >= {*files, *results, "frozen", "fine_tuned"} and "checkpoints" not in found
     for phase in ("frozen", "fine_tuned"):
@@ -117,7 +117,7 @@ def test_the_subtypes_of_pneumonia_are_told_apart(real_run):
 
 
 def test_the_card_holds_what_was_measured_and_no_folder_of_this_machine(run):
-    card = (run.path / "fine_tuned/README.md").read_text()
+    card = (run.path / "hub/README.md").read_text()
     assert comparison_table(run.read("metrics.json")) in card
     assert "not a medical device" in card
     assert str(run.path.parent) not in card

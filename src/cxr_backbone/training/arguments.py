@@ -30,6 +30,7 @@ class RunArguments:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "upload the final folder when the run is done"})
     hub_model_id: str | None = field(default=None, metadata={"help": "org/name on the Hub"})
+    hub_private_repo: bool = field(default=False, metadata={"help": "make that repository private, if it is new"})
 
     def __post_init__(self):
         _require(
@@ -41,6 +42,8 @@ class RunArguments:
         _require_at_least(self, "run", cpu_threads=1)
         trackers = ("none", "tensorboard", "wandb", "trackio")
         _require(self.report_to in trackers, "run.report_to", self.report_to, ", ".join(trackers))
+        allowed = not self.push_to_hub or self.hub_model_id is not None
+        _require(allowed, "run.hub_model_id", None, "org/name on the Hub, for run.push_to_hub")
 
 
 @dataclass

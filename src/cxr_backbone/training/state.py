@@ -138,7 +138,8 @@ def _version(package: str) -> str | None:
 
 
 def _environment(accelerator: Accelerator, init: str | None) -> dict[str, Any]:
-    weights = Path(init) if init and Path(init).is_file() else None
+    files = [Path(init), Path(init) / "model.safetensors"] if init else []  # a file or a checkpoint's folder
+    weights = next((file for file in files if file.is_file()), None)  # None: random, or from the Hub
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),

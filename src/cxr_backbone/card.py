@@ -1,0 +1,374 @@
+"""The model card: what a finished run has on file, said in the words of a template (`model_card.md`)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from cxr_backbone.data.audit import count_of
+from cxr_backbone.evaluation import report
+from cxr_backbone.evaluation.report import NOT_DEFINED, figure_text, markdown_table
+from cxr_backbone.weights import KERAS_SUFFIXES, TORCH_SUFFIXES
+
+MODEL = "fine_tuned"  # the one of a run that is published
+
+# What the template and this file read. A run that was stopped, or one of an older version, has not all of it.
+NEEDED = {
+    "metrics.json": ("resamples", f"models.{MODEL}.splits.test.figures", f"models.{MODEL}.seconds"),
+    "environment.json": (
+        *("command", "python", "packages", "initial_weights_sha256"),
+        *("device", "threads", "processes", "mixed_precision"),
+    ),
+    "config.yaml": ("run", "data.format", "model.init_provenance", "frozen", "fine_tuning", "evaluation"),
+    "audit.json": ("splits", "patients_across_splits", "duplicates", "metadata_baseline", "intensity", "unreadable"),
+}
+
+
+def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
+    """Write `README.md` into a folder that is about to be published. Every figure in it comes from the run's files.
+
+    The card is public: of a path that says where things are on this machine (absolute, `~` or `..`) it keeps the last
+    part. It names no patient and no film. It depends on nothing but the files named here.
+
+    Args:
+        run: a finished run, with metrics.json, environment.json, config.yaml and audit.json.
+        folder: has the model's config.json, and figures/*.png if pictures were drawn; those that are there are shown.
+        template: a Jinja template.
+        repo_id: the name to load the model by.
+
+    Raises:
+        ValueError: a file is missing, can't be read, or lacks what a finished run writes; the message names it.
+    """
+    metrics, environment, settings, audit = (_read(run / name, needed) for name, needed in NEEDED.items())
+    config = _read(folder / "config.json", ("id2label", "image_size", "num_channels", "problem_type"))
+    model = metrics["models"][MODEL]
+    test = model["splits"]["test"]
+    is_control = settings["data"]["permute_labels"] or settings["data"]["protocol"] == "selected_on_test"
+    data_set = _data_set(settings["data"])
+    init = _initial_weights(settings["model"], environment)
+    external = {name: split for key, split in model["splits"].items() if (name := _external_name(key))}
+    card_data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["chest-x-ray", "radiography", "medical-imaging", "inception-v3", "cxr-backbone"],
+        base_model=init.hub_id,
+        datasets=[data_set.hub_id] if data_set.hub_id else None,
+        # Leaderboards don't read warnings: a control run tells them nothing.
+        model_name=None if is_control else repo_id,
+        eval_results=None if is_control else _eval_results(model["splits"], data_set),
+    )
+    text = _ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(
+        card_data=card_data.to_yaml(),
+        repo_id=repo_id,
+        config=config,
+        labels=list(config["id2label"].values()),
+        multi_label=config["problem_type"] == "multi_label_classification",
+        settings=settings,
+        environment=environment,
+        audit=audit,
+        metrics=metrics,
+        model=model,
+        test=test,
+        external=external,
+        data_set=data_set,
+        init=init,
+        command=_command(environment["command"]),
+        resolved=_resolved(settings),
+        pictures=_pictures(folder / "figures", list(test["targets"])),
+        comparison_table=partial(report.comparison_table, metrics),
+        operating_points_table=partial(_operating_points_table, metrics),
+        subgroups={
+            name: table
+            for name, split in {"the test split": test, **external}.items()
+            if (table := _subgroups_table(split["targets"]))
+        },
+        points=[point for its in test["targets"].values() for point in its["operating_points"]],
+        giveaways={
+            fact: found
+            for fact, found in audit["metadata_baseline"]["facts"].items()
+            if fact == "combined" or fact in audit["metadata_baseline"]["alarm"]
+        },
+        calibration_table=_calibration_table,
+        splits_table=_splits_table,
+    )
+    # A part that is left out leaves the blank lines around it.
+    ModelCard(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").save(folder / "README.md")
+
+
+class DataSet(NamedTuple):
+    """What the films were trained on: its name in the card, its kind, and its Hub id, if it has one."""
+
+    name: str
+    kind: str
+    hub_id: str | None
+
+
+class InitialWeights(NamedTuple):
+    """Where training started: kind is random, hub, file or checkpoint (a folder)."""
+
+    kind: str
+    name: str
+    hub_id: str | None = None
+    sha256: str | None = None
+    provenance: str | None = None
+
+
+def _operating_points_table(metrics: dict[str, Any], split: str = "test") -> str:
+    """As that of the report, and empty if there is no operating point."""
+    targets = metrics["models"][MODEL]["splits"][split]["targets"].values()
+    return report.operating_points_table(metrics, split) if any(its["operating_points"] for its in targets) else ""
+
+
+def _subgroups_table(targets: Mapping[str, Any]) -> str:
+    """A row for each subgroup of each target, with sensitivity and specificity at its first operating point; empty if
+    there are no subgroups.
+
+    Args:
+        targets: of a split in metrics.json.
+    """
+    rows = []
+    for target, result in targets.items():
+        for column, groups in result["subgroups"].items():
+            for group, its in groups.items():
+                at_point: dict[str, Any] = next(iter(its["operating_points"].values()), {})
+                rates = [figure_text(at_point[name]) if name in at_point else "–" for name in _RATES]
+                name = f"{column}: {group}" + (f", with {its['compared_with']}" if its["compared_with"] else "")
+                auroc = figure_text(its["figures"]["auroc"])
+                rows.append([target, name, f"{its['films']:,}", f"{its['positives']:,}", auroc, *rates])
+    first = 0 if len(targets) > 1 else 1  # a single target needs no column
+    header = ["label", "subgroup", "films", "positive", "AUROC", *_RATES]
+    return markdown_table(header[first:], [row[first:] for row in rows]) if rows else ""
+
+
+def _calibration_table(calibration: Mapping[str, Any]) -> str:
+    """Before the temperature, if one was fitted, and as the model is.
+
+    Args:
+        calibration: of a split in metrics.json.
+    """
+    stages = {
+        name: calibration[stage]
+        for stage, name in (("before", "before the temperature"), ("after", "as published"))
+        if calibration[stage] is not None
+    }
+    rows = [
+        [name, *(figure_text(figures[key]) for figures in stages.values())]
+        for key, name in (("nll", "negative log-likelihood (nats)"), ("ece", "ECE"), ("brier", "Brier score"))
+    ]
+    return markdown_table(["", *stages], rows)
+
+
+def _splits_table(splits: Mapping[str, Any]) -> str:
+    """How many films, patients and films of each label the splits have.
+
+    Args:
+        splits: of audit.json.
+    """
+    labels = list(dict.fromkeys(label for split in splits.values() for label in split["labels"]))
+    rows = [["films", *(f"{split['films']:,}" for split in splits.values())]]
+    patients = [split["patients"] for split in splits.values()]
+    rows.append(["patients", *("not known" if number is None else f"{number:,}" for number in patients)])
+    rows += [[label, *(f"{split['labels'].get(label, 0):,}" for split in splits.values())] for label in labels]
+    return markdown_table(["", *splits], rows)
+
+
+def _read(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        trouble = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
+        raise ValueError(f"A card needs {path}, which {trouble}. Finish the run first.") from error
+    for name in needed:
+        found = content
+        for key in name.split("."):
+            if not isinstance(found, dict) or key not in found:
+                raise ValueError(f"A card needs {name} in {path}, which lacks it. Finish the run first.")
+            found = found[key]
+    return content
+
+
+def _data_set(data: Mapping[str, Any]) -> DataSet:
+    kind, source = data["format"], data["source"]
+    if kind in _KNOWN_SETS:
+        name, hub_id = _KNOWN_SETS[kind]
+        if data["protocol"] not in (None, "official"):
+            name += f", protocol {data['protocol']}"
+        return DataSet(name, kind, hub_id)
+    # A folder of classes is always here; a table may be on the Hub.
+    hub_id = source if kind == "table" and _is_hub_id(source, local=_TABLE_SUFFIXES) else None
+    return DataSet(_public(source), kind, hub_id)
+
+
+def _initial_weights(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> InitialWeights:
+    init = settings["init"]
+    if init is None:
+        return InitialWeights("random", "random")
+    provenance = settings["init_provenance"] and " ".join(settings["init_provenance"].split())
+    if sha256 := environment["initial_weights_sha256"]:
+        kind = "file" if init.endswith(TORCH_SUFFIXES + KERAS_SUFFIXES) else "checkpoint"
+        return InitialWeights(kind, PureWindowsPath(init).name, sha256=sha256, provenance=provenance)
+    return InitialWeights("hub", init, hub_id=init, provenance=provenance)
+
+
+def _is_hub_id(text: str, *, local: tuple[str, ...]) -> bool:
+    """By its look alone, and unless it ends like a file on disk."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1 and not text.endswith(local)
+
+
+def _eval_results(splits: Mapping[str, Any], data_set: DataSet) -> list[EvalResult]:
+    """The figures that are defined, of the test split and of each external set."""
+    results = []
+    for split, its in splits.items():
+        external = _external_name(split)
+        if split != "test" and not external:
+            continue
+        num_targets = 1 if its["confusion_matrix"] is None else len(its["confusion_matrix"])
+        for figure, found in its["figures"].items():
+            if found["value"] is None:
+                continue
+            results.append(
+                EvalResult(
+                    task_type="image-classification",
+                    task_name="Image classification",
+                    dataset_type=external or data_set.hub_id or data_set.kind,
+                    dataset_name=external or data_set.name,
+                    dataset_split="external" if external else "test",  # without it, sets of one kind would be one
+                    metric_type=_HUB_METRICS.get(figure, figure),
+                    metric_name=_metric_name(figure, found, several_classes=num_targets > 2),
+                    metric_value=round(found["value"], 4),
+                )
+            )
+    return results
+
+
+def _external_name(split: str) -> str:
+    """`external nih_opacity` is nih_opacity; other splits have no such name."""
+    return split.removeprefix("external ") if split.startswith("external ") else ""
+
+
+def _metric_name(figure: str, found: Mapping[str, Any], *, several_classes: bool) -> str:
+    name = _FIGURE_NAMES.get(figure, figure.replace("_", " "))
+    if several_classes and figure in ("f1", "auroc", "auprc"):
+        name += ", mean of the classes"
+    if found["low"] is None:
+        return f"{name} (interval {NOT_DEFINED})"
+    return f"{name} (95 % interval {found['low']:.3f} to {found['high']:.3f})"
+
+
+def _pictures(figures: Path, targets: list[str]) -> dict[str, str]:
+    """For each kind of picture those that are there, as Markdown; several of a kind can be opened by a click."""
+    shown = {}
+    for kind, about in _PICTURES.items():
+        found = []
+        for path in figures.glob(f"{kind}*.png"):
+            match = re.fullmatch(rf"{kind}(?:-(\d+)-\w*)?\.png", path.name, flags=re.ASCII)
+            if match is None:
+                continue
+            target = f": {targets[int(match[1]) - 1]}" if match[1] else ""
+            found.append((int(match[1] or 0), f"![{about}{target}](figures/{path.name})"))
+        pictures = "\n\n".join(picture for _, picture in sorted(found))
+        summary = f"<summary>{about}: {len(found)} pictures</summary>"
+        shown[kind] = f"<details>{summary}\n\n{pictures}\n\n</details>" if len(found) > 1 else pictures
+    return shown
+
+
+def _command(argv: list[str]) -> str:
+    """The command of a run for a shell, an option a line."""
+    lines = [["accelerate", "launch", f"recipes/{argv[0]}"]]
+    for word in argv[1:]:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(_public(word))
+    return " \\\n    ".join(map(shlex.join, lines))
+
+
+def _resolved(settings: Mapping[str, Any]) -> str:
+    """The settings of a run as YAML, without what is not set and what changes nothing that is measured."""
+    kept = {
+        section: {name: value for name, value in settings[section].items() if value is not None and value != []}
+        for section in ("run", "data", "model", "frozen", "fine_tuning", "evaluation")
+    }
+    kept["run"] = {name: value for name, value in kept["run"].items() if name in ("seed", "mixed_precision")}
+    for section, names in {
+        "data": ("cache_dir", "num_workers"),
+        "model": ("init_provenance",),
+        "evaluation": ("report",),
+    }.items():
+        for name in names:
+            kept[section].pop(name, None)
+    shown = {
+        section: {name: _public(value) if isinstance(value, str) else value for name, value in values.items()}
+        for section, values in kept.items()
+    }
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).strip()
+
+
+def _public(word: str) -> str:
+    """A word of a command, with nothing but the last part of a path that tells where things are on this machine.
+    Relative paths and Hub ids stay as they are."""
+    option, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    for path in (PurePosixPath(value), PureWindowsPath(value)):
+        if path.is_absolute() or ".." in path.parts or value.startswith(("~", "file:")):
+            return option + separator + path.name
+    return word
+
+
+_RATES = ("sensitivity", "specificity")
+_TABLE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".parquet")
+# Name, and Hub id of a copy that the recipe reads.
+_KNOWN_SETS: dict[str, tuple[str, str | None]] = {
+    "kermany": ("Chest X-Ray Images (Pneumonia)", "hf-vision/chest-xray-pneumonia"),
+    "chestxray14": ("NIH ChestX-ray14", None),
+    "pneumoniamnist": ("PneumoniaMNIST", None),
+    "synthetic": ("Chest phantoms", None),
+}
+# Ids at https://huggingface.co/metrics of the same figure; others go by their own name.
+_HUB_METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "mcc": "matthews_correlation",
+    "brier": "brier_score",
+    **dict.fromkeys(("auroc", "auroc_macro", "auroc_micro"), "roc_auc"),
+}
+_FIGURE_NAMES = {
+    "loss": "Loss (nats)",
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "f1": "F1",
+    "mcc": "MCC",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "auroc_macro": "AUROC, mean of the findings",
+    "auroc_micro": "AUROC, all findings as one",
+    "auprc_macro": "AUPRC, mean of the findings",
+    "auprc_micro": "AUPRC, all findings as one",
+    "ece": "ECE",
+    "brier": "Brier score",
+}
+_PICTURES = {
+    "learning_curves": "Training and validation loss of both phases",
+    "roc": "ROC and precision-recall curves",
+    "confusion": "Confusion matrices",
+    "scores": "Histogram of scores",
+    "reliability": "Reliability diagram",
+    "inside_outside": "Test split and external films",
+}
+_ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters.update(figure=figure_text, figure_name=_FIGURE_NAMES.__getitem__, counted=count_of)
