@@ -140,7 +140,11 @@ def repeat_split(splits: datasets.DatasetDict, path: Path) -> datasets.DatasetDi
     chosen: dict[str, list[int]] = {name: [] for name in SPLITS}
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # what is no text has no such columns
         lines = csv.DictReader(file)
-        if lines.fieldnames != SPLIT_FILE_COLUMNS:
+        try:
+            columns = lines.fieldnames
+        except csv.Error:  # of Python 3.10, for a NUL
+            columns = None
+        if columns != SPLIT_FILE_COLUMNS:
             raise ValueError(f"{path} is no split file: expected the columns {', '.join(SPLIT_FILE_COLUMNS)}.")
         for line in lines:
             where = f"{path}, line {lines.line_num}"
