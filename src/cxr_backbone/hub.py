@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
     """Find out, before anything is trained or uploaded, whether `publish` will be let in. Nothing is written.
 
+    Of a fine-grained token the Hub tells only for a repository that is there whether it may write to it.
+
     Args:
         create_pr: whether a pull request is all that is wanted; that takes no right to write, but a repository.
 

@@ -204,13 +204,13 @@ _CHOSEN = _RING | {"label": "chosen"}
 
 def films_with_maps(films: Sequence[SalientFilm]) -> Figure:
     """A row of films as the model sees them, and under each what spoke for its answer (`overlay`)."""
-    figure = _figure(height=4.6)
+    figure = _figure(height=3.05)
     panels = figure.subplots(2, len(films), squeeze=False)
     for (above, below), film in zip(panels.T, films, strict=True):
         _draw_film(above, film.pixels)
-        above.set_title(f"{film.kind}\ntrue: {film.truth}\ncalled: {film.called}", fontsize=8.5)
+        above.set_title(f"{film.kind}\ntrue: {film.truth}\ncalled: {film.called}", fontsize=7.5)
         _draw_film(below, overlay(film))
-        below.set_xlabel(f"score {film.score:.3f}", fontsize=8.5)
+        below.set_xlabel(f"score {film.score:.3f}", fontsize=7.5)
     return figure
 
 

@@ -1,0 +1,74 @@
+"""What does half precision cost? A model in float32, float16 and bfloat16, on the same validation films.
+
+python benchmarks/half_precision.py runs/pneumonia-0 [--data.source path/to/chest_xray]
+
+Takes the fine-tuned model of a finished run, and its validation split (the test split stays closed). Prints what each
+precision takes in memory, how far it moves a score, how many films it moves across the operating point `youden`, and
+the AUROC. On a CPU.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.metrics import roc_auc_score
+
+from cxr_backbone import CXRInceptionForImageClassification, CXRInceptionImageProcessor
+from cxr_backbone.data.decoding import stack_pixels
+from cxr_backbone.evaluation.report import markdown_table
+from cxr_backbone.training.arguments import parse_arguments
+from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.films import decode_films, open_films
+
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+BATCH_SIZE = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory of a training with one label a film")
+    given, others = parser.parse_known_args()
+    # The report is none of this script's business, and may need packages that are not here.
+    arguments = parse_arguments([str(given.run / "config.yaml"), "--evaluation.report", "false", *others])
+    settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
+    films = decode_films(open_films(arguments.data, **settings), arguments.data, **settings).splits["validation"]
+    truth = np.array(films["label"][:]) == 1
+
+    reference, rows = None, []
+    for dtype in PRECISIONS:
+        model = CXRInceptionForImageClassification.from_pretrained(given.run / "fine_tuned", dtype=dtype).eval()
+        threshold = next(iter(model.config.operating_points.values()))["youden"]["threshold"]
+        scores = scores_of(model, CXRInceptionImageProcessor.from_pretrained(given.run / "fine_tuned"), films)
+        reference = scores if reference is None else reference
+        rows.append(
+            [
+                str(dtype).removeprefix("torch."),
+                f"{model.get_memory_footprint() / 1e6:.1f}",
+                f"{np.abs(scores - reference).max():.4f}",
+                str(((scores >= threshold) != (reference >= threshold)).sum()),
+                f"{roc_auc_score(truth, scores):.5f}",
+            ]
+        )
+    print(f"{len(films):,} validation films:\n")
+    header = ["", "MB", "largest change of a score", "films that change sides", "AUROC"]
+    print(markdown_table(header, rows))
+
+
+@torch.inference_mode()
+def scores_of(
+    model: CXRInceptionForImageClassification, image_processor: CXRInceptionImageProcessor, films: Dataset
+) -> np.ndarray:
+    """The probability of the second label, float64 (films,)."""
+    scores = []
+    for start in range(0, len(films), BATCH_SIZE):
+        rows = [films[row] for row in range(start, min(start + BATCH_SIZE, len(films)))]
+        images = to_images(torch.from_numpy(stack_pixels(rows)).unsqueeze(1))  # (batch, 1, size, size)
+        logits = model(to_pixel_values(images, image_processor)).logits
+        scores.append(logits.double().softmax(-1)[:, 1].numpy())
+    return np.concatenate(scores)
+
+
+if __name__ == "__main__":
+    main()
