@@ -135,7 +135,7 @@ def main() -> None:
         return
     examiner.write(run, candidates, predictions, test, log=run.read_log(), seconds=seconds)
     shutil.rmtree(run.checkpoints)
-    repo_id = arguments.run.hub_model_id or run.path.name
+    repo_id = arguments.run.hub_model_id or "your-name/cxr-inception"
     package = assemble(run.path, repo_id=repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)
     film = Image.fromarray(stack_pixels([test[0]])[0])

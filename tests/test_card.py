@@ -389,3 +389,20 @@ def test_no_figure_is_typed_by_hand():
     names = r"Inception V3|ChestX-ray14|MedMNIST v2|SHA-256|16-bit|F1|CC BY 4\.0"
     literature = r"Kermany et al\. 2018|Xin, Li & Yi 2021|Wang et al\. 2017|Yang et al\. 2023|AUROC of \.95|of \.54"
     assert re.findall(r"\S*\d\S*", re.sub(rf"{names}|{literature}|95 % intervals", "", text)) == []
+
+
+def test_a_copy_of_a_data_set_is_not_taken_for_the_one_on_the_hub(run):
+    run.finish("--data.source", "/mnt/films/chest_xray_small")
+    assert "Chest X-Ray Images (Pneumonia), from a copy called `chest_xray_small`:" in run.card()
+    data = run.metadata()
+    assert data.datasets is None and {result.dataset_type for result in data.eval_results} == {"kermany"}
+
+
+def test_the_size_of_the_films_on_file_is_told(run):
+    run.audit_report["sizes"] = {
+        "most_frequent": {"height": 224, "width": 225, "films": 1234},
+        "height": [223, 2048],
+        "width": [225, 225],
+    }
+    told = section(run.finish().card(), "Training data and its bias")
+    assert "- On file, 1,234 films are 224 pixels high and 225 wide; heights go from 223 to 2048.\n" in told

@@ -1,6 +1,7 @@
 """The folder that is published holds what can be published, and says for machines what the model takes and gives."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def test_a_run_without_a_file_is_refused_by_its_name(run, name):
     (run.path / name).unlink()
     with pytest.raises(ValueError, match=f"run/{name}"):
         package(run)
+
+
+@pytest.mark.parametrize("repo_id", ["cxr-inception", "org/my model", 'org/x"), y=("'])
+def test_what_is_no_org_and_name_is_refused(run, repo_id):
+    with pytest.raises(ValueError, match=re.escape(repo_id)):
+        assemble(run.path, repo_id=repo_id, template=TEMPLATE, licence=ROOT / "LICENSE")
+    assert not (run.path / "hub/README.md").exists()
 
 
 @pytest.mark.parametrize("data", [{"permute_labels": True}, {"permute_labels": False, "protocol": "selected_on_test"}])

@@ -108,11 +108,13 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
 
 
 class DataSet(NamedTuple):
-    """What the films were trained on: its name in the card, its kind, and its Hub id, if it has one."""
+    """What was trained on: its name in the card, its kind, its Hub id if it came from there, else what it was read
+    from, unless that is the name."""
 
     name: str
     kind: str
-    hub_id: str | None
+    hub_id: str | None = None
+    read_from: str | None = None
 
 
 class InitialWeights(NamedTuple):
@@ -206,7 +208,9 @@ def _data_set(data: Mapping[str, Any]) -> DataSet:
         name, hub_id = _KNOWN_SETS[kind]
         if data["protocol"] not in (None, "official"):
             name += f", protocol {data['protocol']}"
-        return DataSet(name, kind, hub_id)
+        if source is None or source == hub_id:
+            return DataSet(name, kind, source)
+        return DataSet(name, kind, read_from=_public(source))  # a copy, of which nobody knows what was done to it
     # A folder of classes is always here; a table may be on the Hub.
     hub_id = source if kind == "table" and _is_hub_id(source, local=_TABLE_SUFFIXES) else None
     return DataSet(_public(source), kind, hub_id)
@@ -332,7 +336,7 @@ def _public(word: str) -> str:
 
 _RATES = ("sensitivity", "specificity")
 _TABLE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".parquet")
-# Name, and Hub id of a copy that the recipe reads.
+# Name, and Hub id of the copy that is `data.source` in the recipe's own config.
 _KNOWN_SETS: dict[str, tuple[str, str | None]] = {
     "kermany": ("Chest X-Ray Images (Pneumonia)", "hf-vision/chest-xray-pneumonia"),
     "chestxray14": ("NIH ChestX-ray14", None),

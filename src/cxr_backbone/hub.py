@@ -31,13 +31,11 @@ def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
         ValueError: the name is malformed, there is no token, the Hub refuses it, or it may not write there.
         ConnectionError: the Hub can't be reached.
     """
-    validate_repo_id(repo_id)
+    check_repo_id(repo_id)
     if get_token() is None:
         raise ValueError(f"Publishing {repo_id} needs a token of the Hub: run `hf auth login` or set HF_TOKEN.")
     api = HfApi()
     account = _ask(api.whoami, repo_id)
-    if "/" not in repo_id:
-        repo_id = f"{account['name']}/{repo_id}"
     role = account.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise ValueError(f"This token may only read; publishing {repo_id} needs one that may write.")
@@ -52,6 +50,13 @@ def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
             raise ValueError(
                 f"This token can't write to {repo_id}; it can write under {', '.join(namespaces)}."
             ) from error
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse, with a ValueError, what is no org/name; without the first part a card would name what nobody can load."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} names no account; expected org/name, for example org/cxr-inception.")
 
 
 def publish(
@@ -73,16 +78,24 @@ def publish(
 
     Raises:
         ValueError: the folder has no model; the published model is better; the repository is public and `private` was
-            asked for; or the Hub refuses token, name or content.
+            asked for; there is nothing to propose; or the Hub refuses token, name or content.
         ConnectionError: the Hub could not be reached, or broke off, in all of several tries.
     """
     folder = Path(folder)
-    for name in ("config.json", "metrics.json", "README.md"):
+    for name in ("model.safetensors", "config.json", "metrics.json", "README.md"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing; expected a folder of package.assemble.")
-    # A pull request whose answer got lost may be open all the same; a second try would open a second one.
-    tries = 1 if create_pr else TRIES
-    return _ask(lambda: _publish(folder, repo_id, private, create_pr, overwrite), repo_id, tries=tries)
+    try:
+        # A pull request whose answer got lost may be open all the same; a second try would open a second one.
+        tries = 1 if create_pr else TRIES
+        return _ask(lambda: _publish(folder, repo_id, private, create_pr, overwrite), repo_id, tries=tries)
+    except ConnectionError as error:
+        what_next = (
+            f"Look at {HfApi().endpoint}/{repo_id}/discussions whether the pull request is open before you try again."
+            if create_pr
+            else "Run the same command again: what has arrived there is not sent again."
+        )
+        raise ConnectionError(f"{error} {what_next}") from error
 
 
 def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwrite: bool) -> str:
@@ -96,7 +109,7 @@ def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwri
     if private and not published.private:
         raise ValueError(f"{repo_id} is there already and public; --private makes new repositories private.")
     if not create_pr and not overwrite:
-        _check_not_better(published, json.loads((folder / "metrics.json").read_text()))
+        _check_not_better(published, (folder / "metrics.json").read_text())
 
     # Made anew for each try: an operation that was committed without an answer would be committed once more.
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
@@ -109,6 +122,8 @@ def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwri
         create_pr=create_pr,
         parent_commit=published.sha,  # what was compared is what is replaced
     )
+    if create_pr and commit.pr_url is None:
+        raise ValueError(f"{repo_id} holds all of this already; there is nothing to propose.")
     return commit.pr_url or str(commit.commit_url)
 
 
@@ -123,20 +138,23 @@ def _names(published: ModelInfo) -> list[str]:
     return [file.rfilename for file in published.siblings or []]
 
 
-def _check_not_better(published: ModelInfo, metrics: dict[str, Any]) -> None:
+def _check_not_better(published: ModelInfo, metrics: str) -> None:
     """Refuse to replace a model with a higher AUROC on validation or on test, or one that can't be compared."""
     if not any(name in _names(published) for name in ("config.json", "metrics.json")):
         return
-    theirs: dict[str, Any] = {}
+    theirs = "{}"
     if "metrics.json" in _names(published):
-        file = hf_hub_download(published.id, "metrics.json", revision=published.sha)
-        theirs = json.loads(Path(file).read_text())
+        theirs = Path(hf_hub_download(published.id, "metrics.json", revision=published.sha)).read_text()
+    if theirs == metrics:
+        return
     overwrite = "pass --overwrite to replace it all the same (its commit stays readable)"
     try:
-        (their_labels, their_aurocs), (labels, aurocs) = _labels_and_aurocs(theirs), _labels_and_aurocs(metrics)
-    except (KeyError, TypeError):
-        their_labels, labels = None, []  # without a metrics.json of this package, or undefined
-    if their_labels != labels:
+        their_test, their_aurocs = _test_and_aurocs(json.loads(theirs))
+        test, aurocs = _test_and_aurocs(json.loads(metrics))
+        comparable = their_test == test
+    except (KeyError, TypeError, ValueError):
+        comparable = False  # no metrics.json of this package, or an AUROC that is not defined
+    if not comparable:
         raise ValueError(f"{published.id} holds a model that can't be compared with this one; {overwrite}.")
     for split, auroc in their_aurocs.items():
         if auroc > aurocs[split]:
@@ -147,8 +165,9 @@ def _check_not_better(published: ModelInfo, metrics: dict[str, Any]) -> None:
             )
 
 
-def _labels_and_aurocs(metrics: dict[str, Any]) -> tuple[list[str], dict[str, float]]:
-    """The labels of the model that is published, and its AUROC by split; of several labels their mean.
+def _test_and_aurocs(metrics: dict[str, Any]) -> tuple[tuple, dict[str, float]]:
+    """On what the model that is published was tested (labels, films, patients), and its AUROC by split; of several
+    labels their mean.
 
     Raises:
         KeyError, TypeError: it has none.
@@ -156,7 +175,8 @@ def _labels_and_aurocs(metrics: dict[str, Any]) -> tuple[list[str], dict[str, fl
     splits = metrics["models"]["fine_tuned"]["splits"]
     figures = {split: splits[split]["figures"] for split in ("validation", "test")}
     name = "auroc_macro" if "auroc_macro" in figures["test"] else "auroc"
-    return sorted(splits["test"]["targets"]), {split: float(its[name]["value"]) for split, its in figures.items()}
+    test = (sorted(splits["test"]["targets"]), splits["test"]["films"], splits["test"]["patients"])
+    return test, {split: float(its[name]["value"]) for split, its in figures.items()}
 
 
 def _ask(question: Callable[[], Result], repo_id: str, tries: int = TRIES) -> Result:
@@ -175,10 +195,7 @@ def _ask(question: Callable[[], Result], repo_id: str, tries: int = TRIES) -> Re
             if response is not None and response.status_code not in PASSING:
                 raise ValueError(_refusal(response.status_code, error, repo_id)) from error
             if attempt == tries:
-                raise ConnectionError(
-                    f"The Hub can't be reached or broke off ({_reason(error)}). Run the same command again: what has "
-                    "arrived there is not sent again."
-                ) from error
+                raise ConnectionError(f"The Hub can't be reached or broke off ({_reason(error)}).") from error
             time.sleep(_seconds_to_wait(response, attempt))
     raise AssertionError("not reached")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from cxr_backbone.card import write_card
 from cxr_backbone.configuration_cxr_inception import AUTO_MAP, SMALLEST_IMAGE, CXRInceptionConfig
+from cxr_backbone.hub import check_repo_id
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 
 WEIGHTS = "model.safetensors"
@@ -32,14 +33,16 @@ def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) ->
         The folder.
 
     Raises:
-        ValueError: the run is not finished; the message names the file that it lacks.
+        ValueError: the run is not finished; the message names the file that it lacks. Or `repo_id` is no org/name.
     """
+    check_repo_id(repo_id)
     run = Path(run)
     fine_tuned, folder = run / "fine_tuned", run / "hub"
     for file in (run / "metrics.json", *(fine_tuned / name for name in MODEL_FILES)):
         if not file.is_file():
             raise ValueError(f"{file} is missing; expected the run directory of a training that has come to its end.")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     folder.mkdir()
     for name in MODEL_FILES:
         shutil.copyfile(fine_tuned / name, folder / name)

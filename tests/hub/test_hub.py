@@ -35,6 +35,7 @@ def client(hub, home):
 # check_push_access
 
 REFUSED = {
+    "no account": (["cxr-inception"], "hf_write", "'cxr-inception' names no account; expected org/name"),
     "malformed name": (["org/cxr inception"], "hf_write", "org/cxr inception"),
     "two slashes": (["org/cxr/inception"], "hf_write", "org/cxr/inception"),
     "no token": ([REPO], None, "needs a token of the Hub: run `hf auth login` or set HF_TOKEN."),
@@ -46,7 +47,6 @@ REFUSED = {
 }
 LET_IN = {
     "new": ([REPO], "hf_write"),
-    "name alone": (["cxr-inception"], "hf_write"),
     "one's own": (["org/there"], "hf_write"),
     "a pull request for somebody else's": (["org/there", True], "hf_other"),
 }
@@ -91,10 +91,10 @@ def test_finding_that_out_writes_nothing(answers):
 # publish
 
 
-def metrics(validation=0.99, test=0.95, label="PNEUMONIA"):
+def metrics(validation=0.99, test=0.95, label="PNEUMONIA", films=624):
     """As much of metrics.json as is compared."""
     splits = {
-        split: {"figures": {"auroc": {"value": value}}, "targets": {label: {}}}
+        split: {"figures": {"auroc": {"value": value}}, "targets": {label: {}}, "films": films, "patients": 427}
         for split, value in (("validation", validation), ("test", test))
     }
     return {"models": {"frozen": {}, "fine_tuned": {"splits": splits}}}
@@ -234,7 +234,29 @@ def test_a_refusal_is_told_at_once_and_publishes_nothing(hub, publish, status, m
     assert hub.repos[f"org/no-{status}"].commits == []
 
 
-def test_a_folder_without_metrics_is_not_published(hub, home, client):
+def test_a_model_whose_auroc_is_undefined_is_published_once_whatever_happens_to_the_answer(hub, publish):
+    undefined = {"metrics.json": json.dumps(metrics(test=None)).encode()}
+    hub.lose_answer("POST", COMMIT.format("undefined-twice"))
+    urls = publish("undefined-twice", "undefined-twice", changes=undefined)
+    (commit,) = hub.repos["org/undefined-twice"].commits
+    assert urls == [f"{hub.endpoint}/org/undefined-twice/commit/{commit.sha}"] * 2
+
+
+def test_a_lost_pull_request_is_not_opened_again(hub, publish):
+    hub.add_repo("org/lost-proposal", {"README.md": b"# Ours"})
+    hub.lose_answer("POST", COMMIT.format("lost-proposal"))
+    ((kind, message),) = publish("lost-proposal", create_pr=True)
+    assert kind == "ConnectionError" and f"{hub.endpoint}/org/lost-proposal/discussions" in message
+    assert set(hub.repos["org/lost-proposal"].branches) == {"main", "refs/pr/1"}
+
+
+def test_what_is_there_already_is_no_pull_request(hub, publish):
+    hub.add_repo("org/same", CONTENT)
+    ((kind, message),) = publish("same", create_pr=True)
+    assert kind == "ValueError" and "nothing to propose" in message
+
+
+def test_a_folder_without_its_weights_is_not_published(hub, home, client):
     (home / "bare").mkdir()
     (home / "bare/config.json").write_text("{}")
     before = len(hub.requests)
@@ -245,7 +267,7 @@ try:
 except ValueError as error:
     result = str(error)
 """)
-    assert "metrics.json is missing" in told
+    assert "model.safetensors is missing" in told
     assert len(hub.requests) == before
 
 
@@ -255,6 +277,8 @@ PUBLISHED = {
     "better-on-validation": (metrics(validation=0.991), "holds a better model: AUROC on validation 0.9910"),
     "better-on-test": (metrics(test=0.951), "holds a better model: AUROC on test 0.9510, this run 0.9500"),
     "other-labels": (metrics(label="EFFUSION"), "holds a model that can't be compared"),
+    "other-test-films": (metrics(test=0.9, films=2134), "holds a model that can't be compared"),
+    "undefined": (metrics(test=None), "holds a model that can't be compared"),
     "other-metrics": ({"accuracy": 0.9}, "holds a model that can't be compared"),
     "no-metrics": (None, "holds a model that can't be compared"),
 }
