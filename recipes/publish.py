@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import yaml
 from transformers.utils.logging import disable_progress_bar
 
+from cxr_backbone.card import read_run_file
 from cxr_backbone.hub import check_push_access, publish
 from cxr_backbone.package import assemble, check_worth_publishing
 
@@ -24,12 +24,10 @@ def main() -> None:
     given = parse_command_line(sys.argv[1:])
     disable_progress_bar()  # of loading
     try:
-        config = Path(given.run) / "config.yaml"
-        if not config.is_file():
-            raise ValueError(f"{config} is missing; expected the run directory of a training.")
-        check_worth_publishing(yaml.safe_load(config.read_text())["data"])
+        settings = read_run_file(Path(given.run) / "config.yaml", ("data.permute_labels", "data.protocol"))
+        check_worth_publishing(settings["data"])
         if not given.dry_run:
-            check_push_access(given.repo_id, create_pr=given.create_pr)
+            check_push_access(given.repo_id, private=given.private, create_pr=given.create_pr)
         folder = assemble(given.run, repo_id=given.repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -42,6 +40,8 @@ def main() -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"publish.py: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("publish.py: interrupted. Run the same command again to go on.")
     print(f"Published: {url}")
 
 

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import is_multi_label, label_names
 from cxr_backbone.data.shards import Stream
-from cxr_backbone.hub import check_push_access, publish
+from cxr_backbone.hub import check_push_access, check_repo_id, publish
 from cxr_backbone.package import assemble, check_worth_publishing
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.examine import Candidate, Examiner
@@ -135,17 +135,17 @@ def main() -> None:
         return
     examiner.write(run, candidates, predictions, test, log=run.read_log(), seconds=seconds)
     shutil.rmtree(run.checkpoints)
-    repo_id = arguments.run.hub_model_id or "your-name/cxr-inception"
-    package = assemble(run.path, repo_id=repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
     classify = pipeline("image-classification", model=str(run.fine_tuned), trust_remote_code=False)
     film = Image.fromarray(stack_pixels([test[0]])[0])
     print(f"{run.fine_tuned} says of a test image labelled {label_text(test)}:")
     print(classify(film))
-    if arguments.run.push_to_hub:
-        try:
+    try:
+        repo_id = arguments.run.hub_model_id or "your-name/cxr-inception"
+        package = assemble(run.path, repo_id=repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
+        if arguments.run.push_to_hub:
             print(f"Published: {publish(package, repo_id, private=arguments.run.hub_private_repo)}")
-        except (ValueError, OSError) as error:
-            sys.exit(f"two_stage.py: {run.path} is complete, but not published: {error} See recipes/publish.py.")
+    except (ValueError, OSError) as error:
+        sys.exit(f"two_stage.py: {run.path} is complete, but not published: {error} See recipes/publish.py.")
 
 
 def prepare(argv):
@@ -155,9 +155,11 @@ def prepare(argv):
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
     run = RunDirectory(arguments.run.output_dir)
+    if arguments.run.hub_model_id:
+        check_repo_id(arguments.run.hub_model_id)
     if arguments.run.push_to_hub and arguments.run.hub_model_id:
         check_worth_publishing(asdict(arguments.data))
-        check_push_access(arguments.run.hub_model_id)
+        check_push_access(arguments.run.hub_model_id, private=arguments.run.hub_private_repo)
 
     settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
     opened = open_films(arguments.data, **settings)

@@ -36,6 +36,8 @@ class FinishedRun:
             model["seconds"] = 1234.5 + seconds
         self.write("metrics.json", metrics)
         self.write("audit.json", self.audit_report)
+        if any(split.startswith("external ") for split in splits):
+            (self.path / "external.yaml").write_text("data: {format: table, provenance: A clinic's films; CC0}")
         settings = asdict(parse_arguments([*words, "--run.output_dir", "runs/this"]))
         (self.path / "config.yaml").write_text(yaml.safe_dump(settings))
         environment = {

@@ -92,7 +92,7 @@ def contract(image_processor=None, **config):
 def test_pixel_values_are_what_the_image_processor_gives(num_channels, mean, std):
     size = {"height": 80, "width": 96}
     image_processor = CXRInceptionImageProcessor(num_channels=num_channels, image_mean=mean, image_std=std, size=size)
-    described = contract(image_processor, num_channels=num_channels)["inputs"]["pixel_values"]
+    described = contract(image_processor, num_channels=num_channels)["network_data_format"]["inputs"]["pixel_values"]
     films = [np.full((90, 100), value, np.uint8) for value in (0, 255)]
     pixel_values = image_processor(films, return_tensors="pt").pixel_values
     assert [described["num_channels"], *described["spatial_shape"]] == list(pixel_values.shape[1:])
@@ -101,7 +101,7 @@ def test_pixel_values_are_what_the_image_processor_gives(num_channels, mean, std
     assert len(described["channel_def"]) == num_channels
 
 
-@pytest.mark.parametrize("dtype", contract()["inputs"]["image"]["dtype"])
+@pytest.mark.parametrize("dtype", contract()["image"]["dtype"])
 def test_every_type_that_an_image_may_have_is_taken(dtype):
     values = np.linspace(0, 1, 90 * 100).reshape(90, 100) * (1 if dtype.startswith("float") else 255)
     pixel_values = CXRInceptionImageProcessor()(values.astype(dtype), return_tensors="pt").pixel_values
@@ -114,17 +114,18 @@ def test_every_type_that_an_image_may_have_is_taken(dtype):
 )
 def test_logits_are_what_the_model_gives(problem_type, activation):
     model = tiny_model(id2label={0: "Effusion", 1: "Mass", 2: "Hernia"}, problem_type=problem_type)
-    described = describe_inputs(model.config, CXRInceptionImageProcessor())["outputs"]["logits"]
+    described = describe_inputs(model.config, CXRInceptionImageProcessor())["network_data_format"]["outputs"]["logits"]
     logits = model.eval()(torch.zeros(1, 1, 75, 75)).logits
     assert described["num_channels"] == logits.shape[1] and f"torch.{described['dtype']}" == str(logits.dtype)
     assert described["channel_def"] == {"0": "Effusion", "1": "Mass", "2": "Hernia"}
     assert described["activation"] == activation
 
 
-def test_it_says_whether_scores_are_calibrated():
-    assert "not calibrated" in contract()["outputs"]["logits"]["meaning"]
-    assert "are calibrated" in contract(temperature=1.5)["outputs"]["logits"]["meaning"]
+def test_it_names_the_temperature_that_is_in_the_logits():
+    for temperature in (None, 1.5):
+        described = contract(temperature=temperature)["network_data_format"]["outputs"]["logits"]
+        assert described["temperature"] == temperature
 
 
 def test_the_contract_is_json_for_any_reader(run):
-    assert set(json.loads((package(run) / "input_contract.json").read_text())) == {"inputs", "outputs"}
+    assert set(json.loads((package(run) / "input_contract.json").read_text())) == {"image", "network_data_format"}

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import jinja2
 import yaml
@@ -31,7 +32,15 @@ NEEDED = {
         *("device", "threads", "processes", "mixed_precision"),
     ),
     "config.yaml": ("run", "data.format", "model.init_provenance", "frozen", "fine_tuning", "evaluation"),
-    "audit.json": ("splits", "patients_across_splits", "duplicates", "metadata_baseline", "intensity", "unreadable"),
+    "audit.json": (
+        "splits",
+        "patients_across_splits",
+        "duplicates",
+        "metadata_baseline",
+        "intensity",
+        "sizes",
+        "unreadable",
+    ),
 }
 
 
@@ -50,14 +59,15 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
     Raises:
         ValueError: a file is missing, can't be read, or lacks what a finished run writes; the message names it.
     """
-    metrics, environment, settings, audit = (_read(run / name, needed) for name, needed in NEEDED.items())
-    config = _read(folder / "config.json", ("id2label", "image_size", "num_channels", "problem_type"))
+    metrics, environment, settings, audit = (read_run_file(run / name, needed) for name, needed in NEEDED.items())
+    config = read_run_file(folder / "config.json", ("id2label", "image_size", "num_channels", "problem_type"))
     model = metrics["models"][MODEL]
     test = model["splits"]["test"]
     is_control = settings["data"]["permute_labels"] or settings["data"]["protocol"] == "selected_on_test"
     data_set = _data_set(settings["data"])
     init = _initial_weights(settings["model"], environment)
     external = {name: split for key, split in model["splits"].items() if (name := _external_name(key))}
+    about_external = read_run_file(run / "external.yaml", ("data",))["data"] if external else {}
     card_data = ModelCardData(
         license="apache-2.0",
         library_name="transformers",
@@ -82,6 +92,7 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         model=model,
         test=test,
         external=external,
+        external_provenance=about_external.get("provenance"),
         data_set=data_set,
         init=init,
         command=_command(environment["command"]),
@@ -92,7 +103,7 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         subgroups={
             name: table
             for name, split in {"the test split": test, **external}.items()
-            if (table := _subgroups_table(split["targets"]))
+            if (table := report.subgroups_table(split["targets"]))
         },
         points=[point for its in test["targets"].values() for point in its["operating_points"]],
         giveaways={
@@ -100,11 +111,36 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
             for fact, found in audit["metadata_baseline"]["facts"].items()
             if fact == "combined" or fact in audit["metadata_baseline"]["alarm"]
         },
-        calibration_table=_calibration_table,
+        calibration_table=report.calibration_table,
+        findings_table=report.findings_table,
         splits_table=_splits_table,
     )
     # A part that is left out leaves the blank lines around it.
     ModelCard(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").save(folder / "README.md")
+
+
+def read_run_file(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON or YAML file of a finished run.
+
+    Args:
+        needed: names that it must have, as in `data.format`.
+
+    Raises:
+        ValueError: it is missing, can't be read, or lacks one of them.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        trouble = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
+        raise ValueError(f"{path} {trouble}. Finish the run first.") from error
+    for name in needed:
+        found = content
+        for key in name.split("."):
+            if not isinstance(found, dict) or key not in found:
+                raise ValueError(f"{path} lacks {name}. Finish the run first.")
+            found = found[key]
+    return content
 
 
 class DataSet(NamedTuple):
@@ -133,45 +169,6 @@ def _operating_points_table(metrics: dict[str, Any], split: str = "test") -> str
     return report.operating_points_table(metrics, split) if any(its["operating_points"] for its in targets) else ""
 
 
-def _subgroups_table(targets: Mapping[str, Any]) -> str:
-    """A row for each subgroup of each target, with sensitivity and specificity at its first operating point; empty if
-    there are no subgroups.
-
-    Args:
-        targets: of a split in metrics.json.
-    """
-    rows = []
-    for target, result in targets.items():
-        for column, groups in result["subgroups"].items():
-            for group, its in groups.items():
-                at_point: dict[str, Any] = next(iter(its["operating_points"].values()), {})
-                rates = [figure_text(at_point[name]) if name in at_point else "–" for name in _RATES]
-                name = f"{column}: {group}" + (f", with {its['compared_with']}" if its["compared_with"] else "")
-                auroc = figure_text(its["figures"]["auroc"])
-                rows.append([target, name, f"{its['films']:,}", f"{its['positives']:,}", auroc, *rates])
-    first = 0 if len(targets) > 1 else 1  # a single target needs no column
-    header = ["label", "subgroup", "films", "positive", "AUROC", *_RATES]
-    return markdown_table(header[first:], [row[first:] for row in rows]) if rows else ""
-
-
-def _calibration_table(calibration: Mapping[str, Any]) -> str:
-    """Before the temperature, if one was fitted, and as the model is.
-
-    Args:
-        calibration: of a split in metrics.json.
-    """
-    stages = {
-        name: calibration[stage]
-        for stage, name in (("before", "before the temperature"), ("after", "as published"))
-        if calibration[stage] is not None
-    }
-    rows = [
-        [name, *(figure_text(figures[key]) for figures in stages.values())]
-        for key, name in (("nll", "negative log-likelihood (nats)"), ("ece", "ECE"), ("brier", "Brier score"))
-    ]
-    return markdown_table(["", *stages], rows)
-
-
 def _splits_table(splits: Mapping[str, Any]) -> str:
     """How many films, patients and films of each label the splits have.
 
@@ -184,22 +181,6 @@ def _splits_table(splits: Mapping[str, Any]) -> str:
     rows.append(["patients", *("not known" if number is None else f"{number:,}" for number in patients)])
     rows += [[label, *(f"{split['labels'].get(label, 0):,}" for split in splits.values())] for label in labels]
     return markdown_table(["", *splits], rows)
-
-
-def _read(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        trouble = "is not there" if isinstance(error, FileNotFoundError) else f"can't be read ({error})"
-        raise ValueError(f"A card needs {path}, which {trouble}. Finish the run first.") from error
-    for name in needed:
-        found = content
-        for key in name.split("."):
-            if not isinstance(found, dict) or key not in found:
-                raise ValueError(f"A card needs {name} in {path}, which lacks it. Finish the run first.")
-            found = found[key]
-    return content
 
 
 def _data_set(data: Mapping[str, Any]) -> DataSet:
@@ -311,7 +292,7 @@ def _resolved(settings: Mapping[str, Any]) -> str:
     }
     kept["run"] = {name: value for name, value in kept["run"].items() if name in ("seed", "mixed_precision")}
     for section, names in {
-        "data": ("cache_dir", "num_workers"),
+        "data": ("cache_dir", "num_workers", "provenance"),
         "model": ("init_provenance",),
         "evaluation": ("report",),
     }.items():
@@ -328,13 +309,15 @@ def _public(word: str) -> str:
     """A word of a command, with nothing but the last part of a path that tells where things are on this machine.
     Relative paths and Hub ids stay as they are."""
     option, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if "://" in value:  # without an account, a password or a key
+        address = urlsplit(value)
+        return f"{option}{separator}{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
     for path in (PurePosixPath(value), PureWindowsPath(value)):
         if path.is_absolute() or ".." in path.parts or value.startswith(("~", "file:")):
             return option + separator + path.name
     return word
 
 
-_RATES = ("sensitivity", "specificity")
 _TABLE_SUFFIXES = (".csv", ".csv.gz", ".jsonl", ".parquet")
 # Name, and Hub id of the copy that is `data.source` in the recipe's own config.
 _KNOWN_SETS: dict[str, tuple[str, str | None]] = {

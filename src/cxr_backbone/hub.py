@@ -1,34 +1,54 @@
 """A folder as one commit on the Hub."""
 
 import json
+import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
+
+logger = logging.getLogger(__name__)
 
 TRIES = 5
 WAIT = 2.0  # seconds before the second try, twice as long before each one after it
 LONGEST_WAIT = 300.0
 # 409 and 412: somebody else committed in between. The next try looks at what is there now.
 PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
+# What a broken connection is: for huggingface_hub and the client under it an HTTPError, for an upload a RuntimeError
+# around one or, through Xet, one of Python's own.
+BROKEN = (HTTPError, LocalEntryNotFoundError, RuntimeError, ConnectionError, TimeoutError)
+# Files of ours, which go when the folder lacks them. Others are not ours to delete.
+OURS = re.compile(
+    r"figures/(learning_curves|roc|reliability|scores|confusion|inside_outside)(-[\w-]+)?\.png"
+    r"|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
+)
 
 Result = TypeVar("Result")
 
 
-def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
+def check_push_access(repo_id: str, *, private: bool = False, create_pr: bool = False) -> None:
     """Find out, before anything is trained or uploaded, whether `publish` will be let in. Nothing is written.
 
     Of a fine-grained token the Hub tells only for a repository that is there whether it may write to it.
 
     Args:
+        private: whether the repository has to be private, if it is there.
         create_pr: whether a pull request is all that is wanted; that takes no right to write, but a repository.
 
     Raises:
-        ValueError: the name is malformed, there is no token, the Hub refuses it, or it may not write there.
+        ValueError: the name is malformed, there is no token, the Hub refuses it, it may not write there, or the
+            repository is public and should be `private`.
         ConnectionError: the Hub can't be reached.
     """
     check_repo_id(repo_id)
@@ -41,9 +61,11 @@ def check_push_access(repo_id: str, *, create_pr: bool = False) -> None:
         raise ValueError(f"This token may only read; publishing {repo_id} needs one that may write.")
     try:
         _ask(lambda: api.auth_check(repo_id, write=not create_pr), repo_id)
+        if private:
+            _check_private(_ask(lambda: api.model_info(repo_id), repo_id))
     except RepositoryNotFoundError as error:
         if create_pr:
-            raise ValueError(f"There is no {repo_id} to open a pull request in.") from error
+            raise ValueError(_no_repository(repo_id)) from error
         groups = [org["name"] for org in account.get("orgs", []) if org.get("roleInOrg") != "read"]
         namespaces = [account["name"], *groups]
         if repo_id.split("/")[0] not in namespaces:
@@ -66,7 +88,7 @@ def publish(
 
     Readers meet the old model or the new one, never half of one. What a lost connection left undone, the next try or
     the next call does: files that have arrived are not sent again, and what is published already makes no commit.
-    Files of an earlier publication that the folder lacks are deleted in the same commit: pictures and weights.
+    Pictures and parts of weights of an earlier publication that the folder lacks are deleted in the same commit.
 
     Args:
         private: make the repository private, if it is made now.
@@ -89,6 +111,8 @@ def publish(
         # A pull request whose answer got lost may be open all the same; a second try would open a second one.
         tries = 1 if create_pr else TRIES
         return _ask(lambda: _publish(folder, repo_id, private, create_pr, overwrite), repo_id, tries=tries)
+    except OfflineModeIsEnabled:
+        raise
     except ConnectionError as error:
         what_next = (
             f"Look at {HfApi().endpoint}/{repo_id}/discussions whether the pull request is open before you try again."
@@ -105,16 +129,17 @@ def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwri
     try:
         published = api.model_info(repo_id)
     except RepositoryNotFoundError as error:
-        raise ValueError(f"There is no {repo_id} to open a pull request in.") from error
-    if private and not published.private:
-        raise ValueError(f"{repo_id} is there already and public; --private makes new repositories private.")
+        raise ValueError(_no_repository(repo_id)) from error
+    if private:
+        _check_private(published)
     if not create_pr and not overwrite:
         _check_not_better(published, (folder / "metrics.json").read_text())
 
     # Made anew for each try: an operation that was committed without an answer would be committed once more.
     files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-    deletions = [CommitOperationDelete(name) for name in _names(published) if _is_stale(name) and name not in files]
+    stale = [name for name in _names(published) if OURS.fullmatch(name) and name not in files]
+    deletions = [CommitOperationDelete(name) for name in stale]
     commit = api.create_commit(
         repo_id,
         [*additions, *deletions],
@@ -127,11 +152,13 @@ def _publish(folder: Path, repo_id: str, private: bool, create_pr: bool, overwri
     return commit.pr_url or str(commit.commit_url)
 
 
-def _is_stale(name: str) -> bool:
-    """Whether a file that the folder lacks is left from an earlier publication. Others are not ours to delete."""
-    return (name.startswith("figures/") and name.endswith(".png")) or (
-        name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    )
+def _check_private(published: ModelInfo) -> None:
+    if not published.private:
+        raise ValueError(f"{published.id} is there already and public; only a new repository can be made private.")
+
+
+def _no_repository(repo_id: str) -> str:
+    return f"There is no {repo_id} to open a pull request in, or it is not open to this token."
 
 
 def _names(published: ModelInfo) -> list[str]:
@@ -140,7 +167,7 @@ def _names(published: ModelInfo) -> list[str]:
 
 def _check_not_better(published: ModelInfo, metrics: str) -> None:
     """Refuse to replace a model with a higher AUROC on validation or on test, or one that can't be compared."""
-    if not any(name in _names(published) for name in ("config.json", "metrics.json")):
+    if set(_names(published)) <= {".gitattributes", "README.md", "LICENSE"}:  # no model yet
         return
     theirs = "{}"
     if "metrics.json" in _names(published):
@@ -184,23 +211,24 @@ def _ask(question: Callable[[], Result], repo_id: str, tries: int = TRIES) -> Re
     for attempt in range(1, tries + 1):
         try:
             return question()
-        except RepositoryNotFoundError:
+        except (RepositoryNotFoundError, OfflineModeIsEnabled):
             raise
-        except (HTTPError, LocalEntryNotFoundError, RuntimeError) as caught:
-            # HTTPError: of huggingface_hub and of the client under it, which wraps one in a RuntimeError for an upload.
-            error = caught.__cause__ if isinstance(caught, RuntimeError) else caught
-            if not isinstance(error, HTTPError | LocalEntryNotFoundError):
-                raise
+        except BROKEN as caught:
+            error: BaseException = caught
+            if isinstance(caught, RuntimeError) and isinstance(caught.__cause__, HTTPError):
+                error = caught.__cause__
             response = error.response if isinstance(error, HfHubHTTPError) else None
             if response is not None and response.status_code not in PASSING:
                 raise ValueError(_refusal(response.status_code, error, repo_id)) from error
             if attempt == tries:
                 raise ConnectionError(f"The Hub can't be reached or broke off ({_reason(error)}).") from error
-            time.sleep(_seconds_to_wait(response, attempt))
+            seconds = _seconds_to_wait(response, attempt)
+            logger.warning("The Hub is busy or out of reach (%s); again in %.0f s.", _reason(error), seconds)
+            time.sleep(seconds)
     raise AssertionError("not reached")
 
 
-def _refusal(status: int, error: Exception, repo_id: str) -> str:
+def _refusal(status: int, error: BaseException, repo_id: str) -> str:
     if status == 401:
         return f"The Hub refuses this token for {repo_id} (401); run `hf auth login` again."
     if status == 403:
@@ -213,6 +241,6 @@ def _seconds_to_wait(response: Any, attempt: int) -> float:
     return min(float(asked) if asked.isdigit() else WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     said = getattr(error, "server_message", None) or str(error) or type(error).__name__
     return said.splitlines()[0]

@@ -73,10 +73,10 @@ def check_worth_publishing(data: Mapping[str, Any]) -> None:
 
 
 def describe_inputs(config: CXRInceptionConfig, image_processor: CXRInceptionImageProcessor) -> dict[str, Any]:
-    """What goes into a model and what comes out, for machines to read: channels, size, type, range of values, meaning.
+    """What goes into a model and what comes out, for machines to read: channels, size, type, range, meaning.
 
-    The layout and its words are those of `network_data_format` in the metadata of a MONAI bundle. `image` is what the
-    image processor takes, `pixel_values` what it gives and the network takes, `logits` what the network gives.
+    `image` is what the image processor takes. `network_data_format` is that of a MONAI bundle's metadata:
+    `pixel_values`, what the image processor gives and the network takes, and `logits`, what the network gives.
     """
     means, deviations = image_processor.image_mean, image_processor.image_std
     black = [(0 - mean) / deviation for mean, deviation in zip(means, deviations, strict=True)]
@@ -85,42 +85,44 @@ def describe_inputs(config: CXRInceptionConfig, image_processor: CXRInceptionIma
     channels = [str(channel) for channel in range(config.num_channels)]
     radiograph = {"type": "image", "format": "magnitude", "modality": ["CR", "DX"]}
     return {
-        "inputs": {
-            "image": radiograph
-            | {
-                "num_channels": [1, 3, 4],
-                "spatial_shape": ["any", "any"],
-                "dtype": ["uint8", "uint16", "int16", "int32", "float32", "float64"],
-                "value_range": "0 to 255, floats 0 to 1; anything else is windowed from its minimum to its maximum",
-                "meaning": "frontal chest radiograph, air dark and bone bright (MONOCHROME2); colours become luma; "
-                "opacity, the fourth channel, is composited over black; the aspect ratio is not kept",
-            },
-            "pixel_values": radiograph
-            | {
-                "num_channels": config.num_channels,
-                "spatial_shape": [image_processor.size["height"], image_processor.size["width"]],
-                "smallest_spatial_shape": [SMALLEST_IMAGE, SMALLEST_IMAGE],
-                "dtype": "float32",
-                "value_range": [min(black), max(white)],
-                "is_patch_data": False,
-                "channel_def": dict.fromkeys(channels, "grey"),
-                "meaning": f"(batch, channels, height, width); black is {black}, white is {white}, one a channel",
-            },
+        "image": radiograph
+        | {
+            "num_channels": [1, 3, 4],
+            "spatial_shape": ["any", "any"],
+            "dtype": ["uint8", "uint16", "int16", "int32", "float32", "float64"],
+            "value_range": "0 to 255, floats 0 to 1; anything else is windowed from its minimum to its maximum",
+            "meaning": "frontal chest radiograph, air dark and bone bright (MONOCHROME2); colours become luma; "
+            "opacity, the fourth channel, is composited over black; the aspect ratio is not kept",
         },
-        "outputs": {
-            "logits": {
-                "type": "logits",
-                "format": "classes",
-                "num_channels": config.num_labels,
-                "spatial_shape": [],
-                "dtype": "float32",
-                "value_range": "any",
-                "is_patch_data": False,
-                "channel_def": {str(index): label for index, label in (config.id2label or {}).items()},
-                "activation": "sigmoid" if multi_label else "softmax",
-                "meaning": "(batch, labels); "
-                + ("a film may have several labels or none" if multi_label else "a film has one label")
-                + (", scores are calibrated" if config.temperature is not None else ", scores are not calibrated"),
-            }
+        "network_data_format": {
+            "inputs": {
+                "pixel_values": radiograph
+                | {
+                    "num_channels": config.num_channels,
+                    "spatial_shape": [image_processor.size["height"], image_processor.size["width"]],
+                    "smallest_spatial_shape": [SMALLEST_IMAGE, SMALLEST_IMAGE],
+                    "dtype": "float32",
+                    "value_range": [min(black), max(white)],
+                    "is_patch_data": False,
+                    "channel_def": dict.fromkeys(channels, "grey"),
+                    "meaning": f"(batch, channels, height, width); black is {black}, white is {white}, one a channel",
+                }
+            },
+            "outputs": {
+                "logits": {
+                    "type": "logits",
+                    "format": "classes",
+                    "num_channels": config.num_labels,
+                    "spatial_shape": [],
+                    "dtype": "float32",
+                    "is_patch_data": False,
+                    "channel_def": {str(index): label for index, label in (config.id2label or {}).items()},
+                    "activation": "sigmoid" if multi_label else "softmax",
+                    "temperature": config.temperature,
+                    "meaning": "(batch, labels); "
+                    + ("a film may have several labels or none" if multi_label else "a film has one label")
+                    + "; already divided by the temperature, if there is one",
+                }
+            },
         },
     }

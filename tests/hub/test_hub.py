@@ -41,9 +41,10 @@ REFUSED = {
     "no token": ([REPO], None, "needs a token of the Hub: run `hf auth login` or set HF_TOKEN."),
     "bad token": ([REPO], "hf_wrong", f"The Hub refuses this token for {REPO} (401); run `hf auth login` again."),
     "read-only token": ([REPO], "hf_read", f"This token may only read; publishing {REPO} needs one that may write."),
+    "public": (["org/there", False, True], "hf_write", "org/there is there already and public"),
     "foreign namespace": (["timm/x"], "hf_write", "This token can't write to timm/x; it can write under org."),
     "somebody else's": (["org/there"], "hf_other", "This token can't write to org/there (403)"),
-    "nothing to propose to": (["org/nothing", True], "hf_write", "There is no org/nothing to open a pull request in."),
+    "nothing to propose to": (["org/nothing", True], "hf_write", "There is no org/nothing to open a pull request in"),
 }
 LET_IN = {
     "new": ([REPO], "hf_write"),
@@ -62,12 +63,13 @@ def answers(hub, client):
 import os
 from cxr_backbone.hub import check_push_access
 result = {{}}
-for case, ((repo_id, *create_pr), token) in {cases}.items():
+for case, ((repo_id, *options), token) in {cases}.items():
+    create_pr, private = [*options, False, False][:2]
     os.environ.pop("HF_TOKEN", None)
     if token:
         os.environ["HF_TOKEN"] = token
     try:
-        result[case] = check_push_access(repo_id, create_pr=bool(create_pr))
+        result[case] = check_push_access(repo_id, create_pr=create_pr, private=private)
     except ValueError as error:
         result[case] = str(error)
 """)
@@ -144,8 +146,14 @@ def test_a_new_repository_gets_one_commit_with_every_file_and_a_second_time_none
 
 
 def test_what_is_left_of_an_earlier_model_goes_in_the_same_commit_and_what_others_put_there_stays(hub, publish):
-    theirs = {"onnx/model.onnx": b"onnx", ".gitattributes": b"*", "NOTES.md": b"read me", "figures/notes.txt": b"a"}
-    stale = {"figures/old.png": b"\x89PNG\0", "model-00001-of-00002.safetensors": b"\0"}
+    theirs = {
+        "onnx/model.onnx": b"onnx",
+        ".gitattributes": b"*",
+        "NOTES.md": b"read me",
+        "figures/theirs.png": b"\x89\0",
+    }
+    theirs["model.fp16.safetensors"] = b"\0half"
+    stale = {"figures/roc-2-mass.png": b"\x89PNG\0", "model-00001-of-00002.safetensors": b"\0"}
     hub.add_repo("org/stale", CONTENT | theirs | stale)
     publish("stale", changes={"README.md": b"# Another card"})
     commits = hub.repos["org/stale"].commits
@@ -280,6 +288,7 @@ PUBLISHED = {
     "other-test-films": (metrics(test=0.9, films=2134), "holds a model that can't be compared"),
     "undefined": (metrics(test=None), "holds a model that can't be compared"),
     "other-metrics": ({"accuracy": 0.9}, "holds a model that can't be compared"),
+    "no-config": ({"pytorch_model.bin": 1}, "holds a model that can't be compared"),
     "no-metrics": (None, "holds a model that can't be compared"),
 }
 
@@ -316,6 +325,29 @@ def test_a_worse_model_is_replaced_and_its_commit_stays(hub, publish):
     publish("worse")
     assert hub.repos["org/worse"].files == CONTENT
     assert hub.repos["org/worse"].at(first.sha).files == CONTENT | worse
+
+
+def test_where_an_upload_through_xet_breaks_it_is_tried_again_and_told(hub, home):
+    """The loopback Hub has no Xet, so that a client that uses it gets no further."""
+    pytest.importorskip("hf_xet")
+    (home / "xet").mkdir()
+    for name in ("model.safetensors", "config.json", "metrics.json", "README.md"):
+        (home / "xet" / name).write_bytes(CONTENT[name])
+    environment = hub.environment(home / "xet-cache", "hf_write")
+    del environment["HF_HUB_DISABLE_XET"]
+    client = Interpreter(home, environment)
+    told = client.run("""
+from cxr_backbone import hub
+hub.WAIT = 0.01
+try:
+    hub.publish("xet", "org/xet")
+except ConnectionError as error:
+    result = str(error)
+""")
+    client.close()
+    assert "Run the same command again" in told
+    assert sum("xet-write-token" in request for request in hub.requests) == TRIES
+    assert hub.repos["org/xet"].commits == []
 
 
 def test_no_token_is_ever_printed(guarded, answers, troubled, client):

@@ -222,6 +222,7 @@ SETTINGS = [
     (["--run.push_to_hub", "true"], ["run.hub_model_id"]),
     (["--run.push_to_hub", "true", "--run.hub_model_id", "org/cxr"], ["org/cxr", "token", "hf auth login"]),
     (["--run.push_to_hub", "true", "--run.hub_model_id", "no name"], ["no name"]),
+    (["--run.hub_model_id", "cxr"], ["'cxr'", "org/name"]),
 ]
 
 

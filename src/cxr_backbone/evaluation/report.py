@@ -3,6 +3,7 @@
 from typing import Any
 
 NOT_DEFINED = "not defined"
+RATES = ("sensitivity", "specificity")
 
 
 def comparison_table(metrics: dict[str, Any], split: str = "test") -> str:
@@ -33,6 +34,58 @@ def operating_points_table(metrics: dict[str, Any], split: str = "test") -> str:
             rows.append([target, point, f"{chosen['threshold']:.3f}", " / ".join(at_choice), *shown])
     header = ["", "point", "threshold", "validation sensitivity / specificity"]
     return markdown_table([*header, "sensitivity", "specificity", "PPV", "NPV"], rows)
+
+
+def findings_table(targets: dict[str, Any]) -> str:
+    """A row for each target with how many films are known and positive, AUROC and AUPRC.
+
+    Args:
+        targets: of a split in metrics.json.
+    """
+    rows = []
+    for target, its in targets.items():
+        shown = [figure_text(its["figures"][name]) for name in ("auroc", "auprc")]
+        rows.append([target, f"{its['films']:,}", f"{its['positives']:,}", *shown])
+    return markdown_table(["", "films", "positive", "AUROC", "AUPRC"], rows)
+
+
+def subgroups_table(targets: dict[str, Any]) -> str:
+    """A row for each subgroup of each target, with sensitivity and specificity at its first operating point; empty if
+    there are no subgroups.
+
+    Args:
+        targets: of a split in metrics.json.
+    """
+    rows = []
+    for target, result in targets.items():
+        for column, groups in result["subgroups"].items():
+            for group, its in groups.items():
+                at_point: dict[str, Any] = next(iter(its["operating_points"].values()), {})
+                rates = [figure_text(at_point[name]) if name in at_point else "–" for name in RATES]
+                name = f"{column}: {group}" + (f", with {its['compared_with']}" if its["compared_with"] else "")
+                auroc = figure_text(its["figures"]["auroc"])
+                rows.append([target, name, f"{its['films']:,}", f"{its['positives']:,}", auroc, *rates])
+    first = 0 if len(targets) > 1 else 1  # a single target needs no column
+    header = ["label", "subgroup", "films", "positive", "AUROC", *RATES]
+    return markdown_table(header[first:], [row[first:] for row in rows]) if rows else ""
+
+
+def calibration_table(calibration: dict[str, Any]) -> str:
+    """Before the temperature, if one was fitted, and as the model is.
+
+    Args:
+        calibration: of a split in metrics.json.
+    """
+    stages = {
+        name: calibration[stage]
+        for stage, name in (("before", "before the temperature"), ("after", "as published"))
+        if calibration[stage] is not None
+    }
+    rows = [
+        [name, *(figure_text(figures[key]) for figures in stages.values())]
+        for key, name in (("nll", "negative log-likelihood (nats)"), ("ece", "ECE"), ("brier", "Brier score"))
+    ]
+    return markdown_table(["", *stages], rows)
 
 
 def figure_text(figure: dict[str, Any], *, signed: bool = False) -> str:

@@ -52,6 +52,9 @@ class DataArguments:
 
     format: str = field(metadata={"help": ", ".join(LOADERS)})
     source: str | None = field(default=None, metadata={"help": "a folder, a file, or a Hub id; synthetic has none"})
+    provenance: str | None = field(
+        default=None, metadata={"help": "for the card: where the films come from, whom they show, and their licence"}
+    )
     streaming: bool = field(default=False, metadata={"help": "train from shards without a decoded copy on disk"})
     num_workers: int = field(
         default=0, metadata={"help": "processes that decode: a set, once; a stream, ahead of training"}

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # Fields of the data section that say what is done with the films, whatever their source.
 NOT_FOR_LOADERS = {
     "format",
+    "provenance",
     "streaming",
     "num_workers",
     "split_file",

@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -47,11 +48,12 @@ PACKAGES = (
 class RunDirectory:
     """A new directory with
 
-    config.yaml (resolved), environment.json, split.csv (which film is on which side; `data.split_file` of another run
-    takes it), audit.json and audit.html (what the data told on themselves), unreadable.csv (films that were skipped,
-    if any), log.jsonl (a line a step and a line an evaluation), frozen/ and fine_tuned/ (the two models; the pipeline
-    opens either), metrics.json, predictions/ (Parquet, a file for each model and split), report.html, films.png and
-    figures/. Until the test split is opened, checkpoints/ has the weights of each evaluation.
+    config.yaml (resolved), external.yaml (names the films of another source, if there are any), environment.json,
+    split.csv (which film is on which side; `data.split_file` of another run takes it), audit.json and audit.html (what
+    the data told on themselves), unreadable.csv (films that were skipped, if any), log.jsonl (a line a step and a line
+    an evaluation), frozen/ and fine_tuned/ (the two models; the pipeline opens either), metrics.json, predictions/
+    (Parquet, a file for each model and split), report.html, films.png, figures/, and hub/ (what can be published).
+    Until the test split is opened, checkpoints/ has the weights of each evaluation.
 
     Raises:
         ValueError: if the directory already holds files; a run never overwrites another.
@@ -80,6 +82,8 @@ class RunDirectory:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(yaml.safe_dump(asdict(arguments), sort_keys=False))
+        if arguments.evaluation.external:
+            shutil.copyfile(arguments.evaluation.external, self.path / "external.yaml")
         write_split(films.splits, self.path / "split.csv")
         self.write_audit(films, report)
         self.write_json(self.path / "environment.json", _environment(accelerator, arguments.model.init))
