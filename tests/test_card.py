@@ -10,6 +10,7 @@ from evaluation.drawn_predictions import FINDINGS, findings, several_classes
 from finished_run import INSIDE, REPO, TEMPLATE, FinishedRun
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+from cxr_backbone.card import write_card
 from cxr_backbone.evaluation.report import comparison_table, figure_text, operating_points_table
 
 OUTSIDE = (*INSIDE, "external clinic")
@@ -438,3 +439,10 @@ def test_a_test_loss_that_was_lower_before_is_told(run):
     run.write("metrics.json", metrics | {"overfitting": {"curve": curve, "chosen": 20, "gap": 0.0}})
     procedure = " ".join(section(run.card(), "Training procedure").split())
     assert "lowest after 10 steps (0.310); with the weights that were kept it is 0.420, both before the" in procedure
+
+
+@pytest.mark.parametrize("mistake", ["{{ settings.nothing }}", "{% if %}"])
+def test_a_mistake_in_the_template_is_told_by_its_name(run, mistake, tmp_path):
+    (tmp_path / "my_card.md").write_text(mistake)
+    with pytest.raises(ValueError, match=r"my_card\.md, line"):
+        write_card(run.finish().path, run.hub, tmp_path / "my_card.md", REPO)

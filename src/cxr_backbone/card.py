@@ -31,7 +31,7 @@ NEEDED = {
         *("command", "python", "packages", "initial_weights_sha256"),
         *("device", "threads", "processes", "mixed_precision"),
     ),
-    "config.yaml": ("run", "data.format", "model.init_provenance", "frozen", "fine_tuning", "evaluation"),
+    "config.yaml": ("run", "data.provenance", "model.init_provenance", "frozen", "fine_tuning", "evaluation"),
     "audit.json": (
         "splits",
         "patients_across_splits",
@@ -57,7 +57,8 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         repo_id: the name to load the model by.
 
     Raises:
-        ValueError: a file is missing, can't be read, or lacks what a finished run writes; the message names it.
+        ValueError: a file is missing, can't be read, or lacks what a finished run writes, or the template has a
+            mistake; the message names it.
     """
     metrics, environment, settings, audit = (read_run_file(run / name, needed) for name, needed in NEEDED.items())
     config = read_run_file(folder / "config.json", ("id2label", "image_size", "num_channels", "problem_type"))
@@ -79,7 +80,7 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         model_name=None if is_control else repo_id,
         eval_results=None if is_control else _eval_results(model["splits"], data_set),
     )
-    text = _ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(
+    said = dict(
         card_data=card_data.to_yaml(),
         repo_id=repo_id,
         config=config,
@@ -115,6 +116,10 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         findings_table=report.findings_table,
         splits_table=_splits_table,
     )
+    try:
+        text = _ENVIRONMENT.from_string(template.read_text(encoding="utf-8")).render(said)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{template}, line {getattr(error, 'lineno', None) or '?'}: {error}") from error
     # A part that is left out leaves the blank lines around it.
     ModelCard(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").save(folder / "README.md")
 
