@@ -8,6 +8,7 @@ from collections import Counter
 import datasets
 import pytest
 from PIL import Image
+from releases import needs_balanced_folds
 
 from cxr_backbone.data.kermany import FEATURES, load_kermany
 from cxr_backbone.data.synthetic import draw_phantom
@@ -81,6 +82,7 @@ def test_no_patient_of_the_real_set_stands_in_train_and_validation(real):
     assert not set(real["train"]["patient_id"]) & set(real["validation"]["patient_id"])
 
 
+@needs_balanced_folds
 def test_validation_of_the_real_set_is_a_tenth_with_the_shares_of_train(real):
     train, validation = (Counter(real[name]["subtype"]) for name in ("train", "validation"))
     assert validation.total() / 5216 == pytest.approx(0.1, abs=0.015)

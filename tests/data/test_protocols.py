@@ -5,6 +5,7 @@ from collections import Counter
 
 import datasets
 import pytest
+from releases import needs_balanced_folds
 
 from cxr_backbone.data.audit import audit, leaks
 from cxr_backbone.data.decoding import decode_once
@@ -40,6 +41,7 @@ def test_pooled_by_image_has_the_published_sizes_and_children_on_all_sides(real)
     assert min(shared_by(real["pooled_by_image"], "patient_id")) > 100
 
 
+@needs_balanced_folds
 def test_pooled_by_patient_has_about_these_sizes_and_no_child_on_two_sides(real):
     splits = real["pooled_by_patient"]
     assert len(all_films(splits)) == 5856
@@ -48,6 +50,7 @@ def test_pooled_by_patient_has_about_these_sizes_and_no_child_on_two_sides(real)
     assert shared_by(splits, "patient_id") == (0, 0, 0)
 
 
+@needs_balanced_folds
 @pytest.mark.parametrize("protocol", ["pooled_by_image", "pooled_by_patient"])
 def test_pooling_keeps_the_shares_of_the_subtypes_and_obeys_the_seed(real, protocol, shared):
     everything = Counter(all_films(real[protocol])["subtype"])
@@ -108,6 +111,7 @@ def test_a_protocol_or_fold_that_does_not_exist_is_refused(small):
         divide(small, "selected_on_test", num_folds=10, fold=1, seed=0)
 
 
+@needs_balanced_folds
 def test_the_audit_finds_what_a_protocol_does_and_its_split_can_be_repeated(real, tmp_path):
     for protocol, expected in {"pooled_by_image": {"patients"}, "selected_on_test": {"patients", "duplicates"}}.items():
         # Some of each split, of the same children where there are any.

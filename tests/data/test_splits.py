@@ -5,6 +5,7 @@ import csv
 import datasets
 import numpy as np
 import pytest
+from releases import needs_balanced_folds
 
 from cxr_backbone.data.labels import label_counts, labels_of, make_features
 from cxr_backbone.data.splits import (
@@ -60,6 +61,7 @@ def test_patients_are_told_apart_by_any_kind_of_identifier():
     assert all(len(set(folds[numbers == number])) == 1 for number in range(40))
 
 
+@needs_balanced_folds
 def test_strata_keep_their_shares_in_every_fold_of_real_films(shared):
     with (shared / "data/kermany224/labels.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
@@ -127,6 +129,7 @@ def test_a_set_that_brings_all_splits_is_left_alone():
     assert image_ids(complete_splits(given)) == image_ids(given)
 
 
+@needs_balanced_folds
 def test_findings_are_balanced_by_the_rarest_that_a_film_shows():
     splits = complete_splits(datasets.DatasetDict(train=films(0, 360, multi_label=True)), num_folds=4)
     for split in splits.values():

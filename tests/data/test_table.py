@@ -197,6 +197,7 @@ def test_values_that_name_a_class_are_taken_and_films_with_others_left_out(readi
 def test_the_external_set_is_the_films_that_radiologists_read(shared):
     config = Path(__file__).parents[2] / "recipes/configs/nih_opacity.yaml"
     settings = yaml.safe_load(config.read_text())["data"] | {"source": shared / "data/nih-subset/labels.csv"}
+    assert "108 films of NIH" in settings.pop("provenance")
     everything = all_films(load_films(**settings, seed=0, image_size=32))
     assert len(everything) == 108 and label_counts(everything) == {"NORMAL": 37, "PNEUMONIA": 71}
     subgroups = {column: Counter(values) for column, values in subgroups_of(everything).items()}
