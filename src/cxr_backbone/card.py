@@ -254,7 +254,8 @@ def _external_name(split: str) -> str:
 
 
 def _metric_name(figure: str, found: Mapping[str, Any], *, several_classes: bool) -> str:
-    name = _FIGURE_NAMES.get(figure, figure.replace("_", " "))
+    name = report.figure_name(figure)
+    name = name[0].upper() + name[1:]
     if several_classes and figure in ("f1", "auroc", "auprc"):
         name += ", mean of the classes"
     if found["low"] is None:
@@ -339,21 +340,6 @@ _HUB_METRICS = {
     "brier": "brier_score",
     **dict.fromkeys(("auroc", "auroc_macro", "auroc_micro"), "roc_auc"),
 }
-_FIGURE_NAMES = {
-    "loss": "Loss (nats)",
-    "accuracy": "Accuracy",
-    "balanced_accuracy": "Balanced accuracy",
-    "f1": "F1",
-    "mcc": "MCC",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "auroc_macro": "AUROC, mean of the findings",
-    "auroc_micro": "AUROC, all findings as one",
-    "auprc_macro": "AUPRC, mean of the findings",
-    "auprc_micro": "AUPRC, all findings as one",
-    "ece": "ECE",
-    "brier": "Brier score",
-}
 _PICTURES = {
     "learning_curves": "Training and validation loss of both phases",
     "roc": "ROC and precision-recall curves",
@@ -363,4 +349,4 @@ _PICTURES = {
     "inside_outside": "Test split and external films",
 }
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-_ENVIRONMENT.filters.update(figure=figure_text, figure_name=_FIGURE_NAMES.__getitem__, counted=count_of)
+_ENVIRONMENT.filters.update(figure=figure_text, figure_name=report.figure_name, counted=count_of)

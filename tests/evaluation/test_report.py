@@ -5,7 +5,16 @@ import re
 import pytest
 from evaluation.drawn_predictions import drawn_run, findings, two_classes
 
-from cxr_backbone.evaluation.report import comparison_table, figure_text, markdown_table, operating_points_table
+from cxr_backbone.evaluation.report import (
+    calibration_table,
+    comparison_table,
+    figure_name,
+    figure_text,
+    findings_table,
+    markdown_table,
+    operating_points_table,
+    subgroups_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +96,34 @@ def test_the_tables_line_up(metrics):
         assert {tuple(match.start() for match in re.finditer(r"\|", line)) for line in lines} == {
             tuple(match.start() for match in re.finditer(r"\|", lines[0]))
         }
+
+
+def test_each_finding_stands_with_its_films_and_areas():
+    targets = drawn_run(findings)[0]["models"]["fine_tuned"]["splits"]["test"]["targets"]
+    _, rows = cells_of(findings_table(targets))
+    assert [row[0] for row in rows] == list(targets)
+    for name, films, positive, auroc, auprc in rows:
+        its = targets[name]
+        assert (films, positive) == (f"{its['films']:,}", f"{its['positives']:,}")
+        assert (auroc, auprc) == tuple(figure_text(its["figures"][area]) for area in ("auroc", "auprc"))
+
+
+def test_subgroups_have_a_row_each_and_no_table_where_there_are_none(metrics):
+    targets = metrics["models"]["fine_tuned"]["splits"]["test"]["targets"]
+    groups = [f"{column}: {group}" for column, its in targets["PNEUMONIA"]["subgroups"].items() for group in its]
+    _, rows = cells_of(subgroups_table(targets))
+    assert groups and all(row[0].startswith(group) for row, group in zip(rows, groups, strict=True))
+    assert subgroups_table({"PNEUMONIA": targets["PNEUMONIA"] | {"subgroups": {}}}) == ""
+
+
+def test_calibration_stands_before_and_after_the_temperature(metrics):
+    calibration = metrics["models"]["fine_tuned"]["splits"]["test"]["calibration"]
+    header, rows = cells_of(calibration_table(calibration))
+    assert header == ["", "before the temperature", "as published"]
+    assert rows[1] == ["ECE", *(figure_text(calibration[when]["ece"]) for when in ("before", "after"))]
+    assert cells_of(calibration_table(calibration | {"before": None}))[0] == ["", "as published"]
+
+
+def test_figures_are_called_as_people_call_them():
+    names = [figure_name(name) for name in ("auroc", "balanced_accuracy", "auprc_macro")]
+    assert names == ["AUROC", "balanced accuracy", "AUPRC, mean of the findings"]

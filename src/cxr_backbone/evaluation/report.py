@@ -4,6 +4,22 @@ from typing import Any
 
 NOT_DEFINED = "not defined"
 RATES = ("sensitivity", "specificity")
+FIGURE_NAMES = {
+    "loss": "loss (nats)",
+    "nll": "negative log-likelihood (nats)",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "auroc_macro": "AUROC, mean of the findings",
+    "auroc_micro": "AUROC, all findings as one",
+    "auprc_macro": "AUPRC, mean of the findings",
+    "auprc_micro": "AUPRC, all findings as one",
+    "f1": "F1",
+    "mcc": "MCC",
+    "ece": "ECE",
+    "brier": "Brier score",
+    "ppv": "PPV",
+    "npv": "NPV",
+}
 
 
 def comparison_table(metrics: dict[str, Any], split: str = "test") -> str:
@@ -97,6 +113,11 @@ def figure_text(figure: dict[str, Any], *, signed: bool = False) -> str:
     if figure["low"] is None:
         return f"{value} (interval {NOT_DEFINED})"
     return f"{value} ({figure['low']:{sign}.3f} to {figure['high']:{sign}.3f})"
+
+
+def figure_name(name: str) -> str:
+    """A figure of metrics.json as people call it, in the middle of a sentence."""
+    return FIGURE_NAMES.get(name, name.replace("_", " "))
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

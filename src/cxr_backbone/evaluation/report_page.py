@@ -19,6 +19,7 @@ from cxr_backbone.evaluation import plots
 from cxr_backbone.evaluation.bootstrap import MAX_UNDEFINED, MIN_PATIENTS
 from cxr_backbone.evaluation.calibration import NUM_BINS
 from cxr_backbone.evaluation.predictions import Predictions
+from cxr_backbone.evaluation.report import figure_name
 from cxr_backbone.evaluation.results import uncalibrated
 from cxr_backbone.evaluation.saliency import SalientFilm
 
@@ -209,30 +210,10 @@ def _plain(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _figure_name(name: str) -> str:
-    return _FIGURE_NAMES.get(name, name.replace("_", " "))
-
-
 def _format_p(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-_FIGURE_NAMES = {
-    "loss": "loss (nats)",
-    "nll": "negative log-likelihood (nats)",
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "auroc_macro": "AUROC, mean of the findings",
-    "auroc_micro": "AUROC, all findings as one",
-    "auprc_macro": "AUPRC, mean of the findings",
-    "auprc_micro": "AUPRC, all findings as one",
-    "f1": "F1",
-    "mcc": "MCC",
-    "ece": "ECE",
-    "brier": "Brier score",
-    "ppv": "PPV",
-    "npv": "NPV",
-}
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
     autoescape=True,
@@ -240,7 +221,7 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters.update(plain=_plain, figure_name=_figure_name, p=_format_p)
+_ENVIRONMENT.filters.update(plain=_plain, figure_name=figure_name, p=_format_p)
 _ENVIRONMENT.globals.update(
     MAIN_POINT=MAIN_POINT,
     MIN_PATIENTS=MIN_PATIENTS,
