@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 
 from cxr_backbone import CXRInceptionForImageClassification, CXRInceptionImageProcessor
-from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.data.labels import label_names
 from cxr_backbone.evaluation.report import markdown_table
 from cxr_backbone.training.arguments import parse_arguments
-from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.batches import run_through
 from cxr_backbone.training.films import decode_films, open_films
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,18 +65,19 @@ def compared(scores: np.ndarray, reference: np.ndarray, truth: np.ndarray, thres
     ]
 
 
-@torch.inference_mode()
 def scores_of(
     model: CXRInceptionForImageClassification, image_processor: CXRInceptionImageProcessor, films: Dataset
 ) -> np.ndarray:
     """The probability of the second label, float64 (films,)."""
-    scores = []
-    for start in range(0, len(films), BATCH_SIZE):
-        rows = [films[row] for row in range(start, min(start + BATCH_SIZE, len(films)))]
-        images = to_images(torch.from_numpy(stack_pixels(rows)).unsqueeze(1))  # (batch, 1, size, size)
-        logits = model(to_pixel_values(images, image_processor)).logits
-        scores.append(logits.double().softmax(-1)[:, 1].numpy())
-    return np.concatenate(scores)
+    logits, _ = run_through(
+        lambda pixel_values: model(pixel_values).logits,
+        films,
+        image_processor,
+        Accelerator(cpu=True),
+        batch_size=BATCH_SIZE,
+        desc=str(model.dtype),
+    )
+    return logits.double().softmax(-1)[:, 1].numpy()
 
 
 if __name__ == "__main__":

@@ -155,11 +155,11 @@ def prepare(argv):
     arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
     set_seed(arguments.run.seed)
     run = RunDirectory(arguments.run.output_dir)
-    if arguments.run.hub_model_id:
-        check_repo_id(arguments.run.hub_model_id)
-    if arguments.run.push_to_hub and arguments.run.hub_model_id:
-        check_worth_publishing(asdict(arguments.data))
-        check_push_access(arguments.run.hub_model_id, private=arguments.run.hub_private_repo)
+    if repo_id := arguments.run.hub_model_id:
+        check_repo_id(repo_id)
+        if arguments.run.push_to_hub:
+            check_worth_publishing(asdict(arguments.data))
+            check_push_access(repo_id, private=arguments.run.hub_private_repo)
 
     settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
     opened = open_films(arguments.data, **settings)

@@ -33,3 +33,10 @@ class Run:
     @property
     def log(self):
         return [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
+
+
+def sample_run(folder, **overrides):
+    """The built-in sample, in half a minute."""
+    tiny = {"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]}
+    tiny |= {"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8]}
+    return Run(folder, "recipes/configs/sample.yaml", **(tiny | overrides))

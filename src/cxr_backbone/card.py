@@ -14,13 +14,11 @@ from urllib.parse import urlsplit
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from cxr_backbone.data.audit import count_of
 from cxr_backbone.evaluation import report
 from cxr_backbone.evaluation.report import NOT_DEFINED, figure_text, markdown_table
-from cxr_backbone.weights import KERAS_SUFFIXES, TORCH_SUFFIXES
+from cxr_backbone.weights import KERAS_SUFFIXES, TORCH_SUFFIXES, is_hub_id
 
 MODEL = "fine_tuned"  # the one of a run that is published
 
@@ -64,7 +62,7 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
     config = read_run_file(folder / "config.json", ("id2label", "image_size", "num_channels", "problem_type"))
     model = metrics["models"][MODEL]
     test = model["splits"]["test"]
-    is_control = settings["data"]["permute_labels"] or settings["data"]["protocol"] == "selected_on_test"
+    is_control = is_control_run(settings["data"])
     data_set = _data_set(settings["data"])
     init = _initial_weights(settings["model"], environment)
     external = {name: split for key, split in model["splits"].items() if (name := _external_name(key))}
@@ -122,6 +120,12 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         raise ValueError(f"{template}, line {getattr(error, 'lineno', None) or '?'}: {error}") from error
     # A part that is left out leaves the blank lines around it.
     ModelCard(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").save(folder / "README.md")
+
+
+def is_control_run(data: Mapping[str, Any]) -> bool:
+    """Whether the data section of a run's config.yaml is that of a model which nobody must take for a real one: trained
+    on noise, or chosen on its test split."""
+    return bool(data.get("permute_labels")) or data.get("protocol") == "selected_on_test"
 
 
 def read_run_file(path: Path, needed: tuple[str, ...]) -> dict[str, Any]:
@@ -198,28 +202,19 @@ def _data_set(data: Mapping[str, Any]) -> DataSet:
             return DataSet(name, kind, source)
         return DataSet(name, kind, read_from=_public(source))  # a copy, of which nobody knows what was done to it
     # A folder of classes is always here; a table may be on the Hub.
-    hub_id = source if kind == "table" and _is_hub_id(source, local=_TABLE_SUFFIXES) else None
-    return DataSet(_public(source), kind, hub_id)
+    on_hub = kind == "table" and is_hub_id(source) and not source.endswith(_TABLE_SUFFIXES)
+    return DataSet(_public(source), kind, source if on_hub else None)
 
 
 def _initial_weights(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> InitialWeights:
     init = settings["init"]
     if init is None:
         return InitialWeights("random", "random")
-    provenance = settings["init_provenance"] and " ".join(settings["init_provenance"].split())
+    provenance = settings["init_provenance"]
     if sha256 := environment["initial_weights_sha256"]:
         kind = "file" if init.endswith(TORCH_SUFFIXES + KERAS_SUFFIXES) else "checkpoint"
         return InitialWeights(kind, PureWindowsPath(init).name, sha256=sha256, provenance=provenance)
     return InitialWeights("hub", init, hub_id=init, provenance=provenance)
-
-
-def _is_hub_id(text: str, *, local: tuple[str, ...]) -> bool:
-    """By its look alone, and unless it ends like a file on disk."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return text.count("/") == 1 and not text.endswith(local)
 
 
 def _eval_results(splits: Mapping[str, Any], data_set: DataSet) -> list[EvalResult]:
@@ -266,7 +261,7 @@ def _metric_name(figure: str, found: Mapping[str, Any], *, several_classes: bool
 def _pictures(figures: Path, targets: list[str]) -> dict[str, str]:
     """For each kind of picture those that are there, as Markdown; several of a kind can be opened by a click."""
     shown = {}
-    for kind, about in _PICTURES.items():
+    for kind, about in PICTURES.items():
         found = []
         for path in figures.glob(f"{kind}*.png"):
             match = re.fullmatch(rf"{kind}(?:-(\d+)-\w*)?\.png", path.name, flags=re.ASCII)
@@ -340,7 +335,7 @@ _HUB_METRICS = {
     "brier": "brier_score",
     **dict.fromkeys(("auroc", "auroc_macro", "auroc_micro"), "roc_auc"),
 }
-_PICTURES = {
+PICTURES = {
     "learning_curves": "Training and validation loss of both phases",
     "roc": "ROC and precision-recall curves",
     "confusion": "Confusion matrices",
@@ -349,4 +344,5 @@ _PICTURES = {
     "inside_outside": "Test split and external films",
 }
 _ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+_ENVIRONMENT.filters["sentence"] = lambda text: " ".join(text.split()).removesuffix(".") + "."
 _ENVIRONMENT.filters.update(figure=figure_text, figure_name=report.figure_name, counted=count_of)

@@ -18,6 +18,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from cxr_backbone.card import PICTURES
+
 logger = logging.getLogger(__name__)
 
 TRIES = 5
@@ -30,7 +32,7 @@ PASSING = (408, 409, 412, 429, 500, 502, 503, 504)
 BROKEN = (HTTPError, LocalEntryNotFoundError, RuntimeError, ConnectionError, TimeoutError)
 # Files of ours, which go when the folder lacks them. Others are not ours to delete.
 OURS = re.compile(
-    r"figures/(learning_curves|roc|reliability|scores|confusion|inside_outside)(-[\w-]+)?\.png"
+    rf"figures/({'|'.join(PICTURES)})(-[\w-]+)?\.png"
     r"|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
 )
 

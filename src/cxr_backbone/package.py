@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cxr_backbone.card import write_card
+from cxr_backbone.card import is_control_run, write_card
 from cxr_backbone.configuration_cxr_inception import AUTO_MAP, SMALLEST_IMAGE, CXRInceptionConfig
 from cxr_backbone.hub import check_repo_id
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
@@ -60,7 +60,7 @@ def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) ->
 
 
 def check_worth_publishing(data: Mapping[str, Any]) -> None:
-    """Refuse a model that nobody must take for a real one: trained on noise, or chosen on its test split.
+    """Refuse a model that nobody must take for a real one (`card.is_control_run`).
 
     Args:
         data: the data section of the run's config.yaml.
@@ -68,7 +68,7 @@ def check_worth_publishing(data: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it is one.
     """
-    if data.get("permute_labels") or data.get("protocol") == "selected_on_test":
+    if is_control_run(data):
         raise ValueError("A model of data.permute_labels or of data.protocol selected_on_test is not to be published.")
 
 

@@ -142,7 +142,7 @@ def _is_checkpoint(source: str | Path) -> bool:
     elif (
         str(source) in HUB_NORMALISATION
         or Path(source).suffix in KERAS_SUFFIXES + TORCH_SUFFIXES
-        or not _is_hub_id(source)
+        or not is_hub_id(source)
     ):
         return False
     else:
@@ -176,7 +176,7 @@ def _read_published(source: str | Path) -> _Published:
         if path.suffix in KERAS_SUFFIXES:
             return _Published(_read_keras(path), True, KERAS_NORMALISATION, {"avg_pool_count_include_pad": False})
         return _Published(_read_torch(path), True, None, {})
-    if path.is_dir() or not _is_hub_id(source):
+    if path.is_dir() or not is_hub_id(source):
         raise ValueError(
             f"{source!s} is not a weights file ({', '.join(TORCH_SUFFIXES + KERAS_SUFFIXES)}), not a folder with a "
             f"CXRInception checkpoint, and not a Hub id such as {next(iter(HUB_NORMALISATION))}."
@@ -185,7 +185,8 @@ def _read_published(source: str | Path) -> _Published:
     return _Published(_read_torch(file), True, HUB_NORMALISATION.get(str(source)), {})
 
 
-def _is_hub_id(source: str | Path) -> bool:
+def is_hub_id(source: str | Path) -> bool:
+    """By its look alone: org/name."""
     try:
         validate_repo_id(str(source))
     except HFValidationError:

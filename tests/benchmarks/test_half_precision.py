@@ -5,17 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from running import ROOT, Run
+from running import ROOT, sample_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Run(
-        tmp_path_factory.mktemp("trained"),
-        "recipes/configs/sample.yaml",
-        **{"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]},
-        **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8], "evaluation.report": ["false"]},
-    )
+    return sample_run(tmp_path_factory.mktemp("trained"), **{"evaluation.report": ["false"]})
 
 
 def test_each_precision_stands_beside_float32(run):

@@ -7,7 +7,7 @@ import torch
 import yaml
 from narrow import PROCESSOR, tiny_model
 from PIL import Image
-from running import Run
+from running import sample_run
 from safetensors.torch import load_file
 from transformers import pipeline
 
@@ -18,12 +18,7 @@ SAMPLE = "recipes/configs/sample.yaml"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return Run(
-        tmp_path_factory.mktemp("trained"),
-        SAMPLE,
-        **{"data.num_patients": [60], "model.image_size": [75], "model.depth_multiplier": [0.1]},
-        **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8], "evaluation.resamples": [200]},
-    )
+    return sample_run(tmp_path_factory.mktemp("trained"), **{"data.num_patients": [60], "evaluation.resamples": [200]})
 
 
 @pytest.fixture(scope="module")

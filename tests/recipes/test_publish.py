@@ -11,7 +11,7 @@ import torch
 import yaml
 from hub.loopback import LoopbackHub
 from PIL import Image
-from running import ROOT, Run
+from running import ROOT, sample_run
 from safetensors.torch import load_file, save_file
 
 from cxr_backbone.data.synthetic import draw_phantom
@@ -30,12 +30,7 @@ print(json.dumps([answer, classify.model.config.decide(answer, "youden")]))
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return Run(
-        tmp_path_factory.mktemp("trained"),
-        "recipes/configs/sample.yaml",
-        **{"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]},
-        **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8]},
-    )
+    return sample_run(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from running import Run
+from running import Run, sample_run
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -19,12 +19,7 @@ from cxr_backbone.weights import load_inception_v3
 
 @pytest.fixture(scope="module")
 def phantom_run(tmp_path_factory):
-    return Run(
-        tmp_path_factory.mktemp("phantoms"),
-        "recipes/configs/sample.yaml",
-        **{"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]},
-        **{"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8], "run.report_to": ["tensorboard"]},
-    )
+    return sample_run(tmp_path_factory.mktemp("phantoms"), **{"run.report_to": ["tensorboard"]})
 
 
 @pytest.fixture(scope="module")
