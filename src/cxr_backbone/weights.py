@@ -5,11 +5,12 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -17,9 +18,14 @@ from torch import Tensor
 
 from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
-from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer, CXRInceptionModel
+from cxr_backbone.modeling_cxr_inception import (
+    CXRInceptionConvLayer,
+    CXRInceptionModel,
+    CXRInceptionPreTrainedModel,
+)
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value or one a channel
+AnyModel = TypeVar("AnyModel", bound=CXRInceptionPreTrainedModel)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -35,6 +41,7 @@ KERAS_NORMALISATION: Normalisation = ((0.5,), (0.5,))  # keras.applications scal
 
 TORCH_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 KERAS_SUFFIXES = (".h5", ".keras")
+MOST_TIMES_ITS_SIZE = 10  # weights hardly shrink: what unpacks to more than this is made to fill the memory
 
 
 def load_inception_v3(
@@ -94,6 +101,27 @@ def load_inception_v3(
     return model.eval(), image_processor
 
 
+def open_checkpoint(source: str | Path, model_class: type[AnyModel]) -> tuple[AnyModel, CXRInceptionImageProcessor]:
+    """A CXRInception checkpoint (folder or Hub id) and its image processor. Nothing in it is run: weights come from
+    safetensors, classes from this package.
+
+    Raises:
+        ValueError: a folder without `model.safetensors`, or anything in it that can't be read.
+        OSError, StrictDataclassError: (of transformers) the Hub can't be reached; a value that is not allowed.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "model.safetensors").is_file():  # an index could name files of any folder
+        raise ValueError(f"{source} has no model.safetensors; expected all weights in this file.")
+    try:
+        # There is no attention in it; a config could still name code of the Hub for that.
+        model = model_class.from_pretrained(source, use_safetensors=True, attn_implementation="eager")
+        return model, CXRInceptionImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, StrictDataclassError):  # they name the source or the field
+        raise
+    except Exception as error:  # what is damaged or made to harm raises half a dozen kinds
+        raise ValueError(f"{source} can't be read as a checkpoint: {_reason(error)}") from error
+
+
 def adapt_input_channels(
     state_dict: dict[str, Tensor], num_channels: int, mean: list[float], std: list[float]
 ) -> tuple[list[float], list[float]]:
@@ -147,12 +175,17 @@ def _is_checkpoint(source: str | Path) -> bool:
         return False
     else:
         config = Path(hf_hub_download(str(source), "config.json"))
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == CXRInceptionConfig.model_type
+    if not config.is_file():
+        return False
+    try:
+        settings = json.loads(config.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{config} can't be read as JSON: {_reason(error)}") from error
+    return isinstance(settings, dict) and settings.get("model_type") == CXRInceptionConfig.model_type
 
 
 def _read_checkpoint(source: str | Path) -> _Published:
-    model = CXRInceptionModel.from_pretrained(source)
-    image_processor = CXRInceptionImageProcessor.from_pretrained(source)
+    model, image_processor = open_checkpoint(source, CXRInceptionModel)
     fields = (
         "depth_multiplier",
         "batch_norm_eps",
@@ -207,6 +240,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _check_unpacked(path, sum(entry.file_size for entry in archive.infolist()))
         # weights_only: tensors and nothing else; a pickle that would run code is refused.
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except (
@@ -215,13 +251,22 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         EOFError,
         OSError,
         ValueError,
+        zipfile.BadZipFile,
         torch.serialization.pickle.UnpicklingError,
     ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as weights: {reason}") from error
+        raise ValueError(f"{path} can't be read as weights: {_reason(error)}") from error
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
         raise ValueError(f"{path} is no state dict; expected a dictionary of tensors by name.")
     return state_dict
+
+
+def _check_unpacked(path: Path, num_bytes: int) -> None:
+    if num_bytes > MOST_TIMES_ITS_SIZE * path.stat().st_size:
+        raise ValueError(f"it would unpack to {num_bytes:,} bytes, more than {MOST_TIMES_ITS_SIZE} times its size")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read_keras(path: Path) -> dict[str, Tensor]:
@@ -235,11 +280,19 @@ def _read_keras(path: Path) -> dict[str, Tensor]:
         content: Any = path
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:
+                _check_unpacked(path, archive.getinfo("model.weights.h5").file_size)
                 content = io.BytesIO(archive.read("model.weights.h5"))
         with h5py.File(content) as file:
-            file.visititems(lambda name, item: _collect_keras(layers, item) if isinstance(item, h5py.Dataset) else None)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} can't be read as Keras weights: {error}") from error
+            arrays: list[Any] = []
+            file.visititems(lambda name, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+            # HDF5 can lay an array into any file of this machine, and needs no room for one that is all zeros.
+            if outside := [array.name for array in arrays if array.external or array.is_virtual]:
+                raise ValueError(f"its array {outside[0]} lies in another file")
+            _check_unpacked(path, sum(array.nbytes for array in arrays))
+            for array in arrays:
+                _collect_keras(layers, array)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} can't be read as Keras weights: {_reason(error)}") from error
 
     # Convolution and BatchNorm belong together by their order of creation, which only the layers' numbers tell.
     convolutions = sorted((name for name, tensors in layers.items() if tensors["first"].ndim == 4), key=_layer_number)

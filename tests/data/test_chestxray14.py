@@ -200,3 +200,11 @@ def test_an_unknown_task_or_folder_is_refused(drawn):
         load_chestxray14(drawn, task="tuberculosis")
     with pytest.raises(FileNotFoundError, match=r"There is no folder .*gone"):
         load_chestxray14(drawn / "gone")
+
+
+def test_no_link_leads_out_of_the_images(drawn, tmp_path):
+    image = min((drawn / "images").iterdir())
+    image.rename(tmp_path / "secret.png")
+    image.symlink_to(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match=rf"{image.name} is a link out of"):
+        load_chestxray14(drawn)

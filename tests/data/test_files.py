@@ -42,7 +42,7 @@ def test_a_link_to_a_file_of_the_folder_is_a_file(folder):
 @pytest.mark.parametrize("target", ["../secret.png", "..", "."])
 def test_a_link_out_of_the_folder_or_to_a_folder_is_refused(folder, target):
     (folder / "c.png").symlink_to(target)
-    with pytest.raises(ValueError, match=r"c\.png is a link to a folder or out of"):
+    with pytest.raises(ValueError, match=r"c\.png is a link (to a folder|out of)"):
         list(visible_files(folder, folder))
 
 

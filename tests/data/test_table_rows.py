@@ -60,6 +60,7 @@ def test_a_cell_that_is_no_text_and_no_number_is_refused(cell):
         ("t.jsonl", '{"image": "a.png", "label": 1}\n[1]\n', "line 2 is no JSON object"),
         ("t.jsonl", '{"image": "a.png"\n', "line 1 is no JSON object"),
         ("t.jsonl", "[" * 100_000, "line 1 is no JSON object"),
+        ("t.jsonl", '{"image": "a.png", "label": ' + "9" * 5000 + "}", "line 1 is no JSON object"),
         ("t.jsonl", '{"image": "a.png", "label": [1]}\n', "line 1, column label is a list; expected text or a number"),
         ("t.jsonl", b"\xff\xfe", "is not UTF-8 text"),
         ("t.xlsx", "", r"is no table; expected \.csv, \.csv\.gz, \.jsonl or \.parquet"),

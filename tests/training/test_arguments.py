@@ -9,7 +9,7 @@ import yaml
 from cxr_backbone.training.arguments import Arguments, FineTuningArguments, FrozenArguments, parse_arguments
 
 FOLDER = Path(__file__).parents[2] / "recipes/configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+CONFIGS = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # of the launcher
 MINIMAL = "run: {output_dir: runs/test}\ndata: {format: kermany, source: films}\n"
 
 
@@ -135,7 +135,8 @@ def test_what_does_not_exist_is_refused_with_a_guess(parse, text, argv, message)
         ("fine_tuning: {learning_rate: fast}", ["fine_tuning", "learning_rate", "fast"]),
         ("fine_tuning: {gradient_checkpointing: maybe}", ["fine_tuning", "gradient_checkpointing", "maybe"]),
         ("frozen: {l2_strengths: [1e-4, strong]}", ["frozen", "l2_strengths", "strong"]),
-        ("model: {image_size: {height: 75}}", ["model", "image_size", "height"]),
+        ("model: {image_size: {height: 75}}", ["model.image_size", "one value"]),
+        ("frozen: {l2_strengths: [[1e-4], 1e-3]}", ["frozen.l2_strengths", "a list of values"]),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
@@ -156,6 +157,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
         ("frozen", "l2_strengths", [-0.1, 1]),
         ("fine_tuning", "epochs", 0),
         ("fine_tuning", "batch_size", 0),
+        ("fine_tuning", "batch_size", 1),
+        ("fine_tuning", "nonfinite", "ignore"),
         ("fine_tuning", "gradient_accumulation_steps", 0),
         ("fine_tuning", "evaluations_per_epoch", 0),
         ("evaluation", "perturbed_views", -1),
@@ -166,6 +169,7 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
         ("fine_tuning", "ema_decay", -0.1),
         ("fine_tuning", "warmup_ratio", 2),
         ("run", "cpu_threads", 0),
+        ("run", "save_minutes", -0.5),
         ("frozen", "batch_size", 0),
         ("fine_tuning", "learning_rate", -1),
         ("fine_tuning", "weight_decay", -1),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 
+from cxr_backbone.data.files import check_link
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.splits import complete_splits
 
@@ -191,8 +192,8 @@ def _check_patients(films: dict[str, Iterable[Entry]], folder: Path) -> None:
 
 
 def _find_images(folder: Path, names: list[str]) -> dict[str, Path]:
-    """The file of each film. Names are looked up among what the image folders hold, so no name leads out of them. (A
-    link may: people keep the images on another disk.)"""
+    """The file of each film. Names are looked up among what the image folders hold, so no name leads out of them, nor
+    does a link. (The folders may be links: people keep the images on another disk.)"""
     candidates = [folder / "images", *(path for part in folder.glob("images_*") for path in (part, part / "images"))]
     paths: dict[str, Path] = {}
     wanted = set(names)
@@ -203,7 +204,7 @@ def _find_images(folder: Path, names: list[str]) -> dict[str, Path]:
                     f"{path.name} is in {paths[path.name].parent} and in {images}; expected one file a film."
                 )
             if path.name in wanted:
-                paths[path.name] = path
+                paths[path.name] = check_link(path, images)
     if missing := [name for name in names if name not in paths]:
         raise FileNotFoundError(
             f"{len(missing)} of the {len(names)} images that the lists in {folder} name are in none of its image "

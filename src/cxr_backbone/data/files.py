@@ -36,12 +36,23 @@ def visible_files(folder: Path, root: Path) -> Iterator[Path]:
         ValueError: a link that leads out of `root`, or to a folder (which could lead back to itself).
     """
     for path in visible(folder):
-        if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(root.resolve())):
-            raise ValueError(f"{path} is a link to a folder or out of {root}; expected a file or folder in its place.")
-        if path.is_dir():
+        if path.is_symlink() and path.is_dir():
+            raise ValueError(f"{path} is a link to a folder; expected a folder in its place.")
+        if check_link(path, root).is_dir():
             yield from visible_files(path, root)
         else:
             yield path
+
+
+def check_link(path: Path, root: Path) -> Path:
+    """The path, which may be a link if it leads to something in `root`.
+
+    Raises:
+        ValueError: it leads out of there. A set from elsewhere must not have this machine read what is no part of it.
+    """
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} is a link out of {root}; expected a file or folder in its place.")
+    return path
 
 
 def listed_file(folder: Path, name: str, where: str) -> str:
@@ -115,10 +126,15 @@ def load_shards(folder: Path) -> datasets.DatasetDict | None:
 
 def shards_by_split(folder: Path, pattern: str) -> dict[str, list[str]]:
     """The shards in a folder's `data/`, or else in itself, under what their names start with: `train-0.parquet`,
-    `train_0.parquet` and `train.parquet` are of train."""
+    `train_0.parquet` and `train.parquet` are of train.
+
+    Raises:
+        ValueError: a shard, or `data/`, is a link out of the folder.
+    """
     files: dict[str, list[str]] = {}
-    for shard in sorted(folder.glob(f"data/{pattern}")) or sorted(folder.glob(pattern)):
-        files.setdefault(re.split(r"[-_.]", shard.name)[0], []).append(str(shard))
+    data = check_link(folder / "data", folder)
+    for shard in sorted(data.glob(pattern)) or sorted(folder.glob(pattern)):
+        files.setdefault(re.split(r"[-_.]", shard.name)[0], []).append(str(check_link(shard, folder)))
     return files
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from cxr_backbone.data.files import IMAGE_SUFFIXES, listed_file, load_from_hub, load_shards, visible
+from cxr_backbone.data.files import IMAGE_SUFFIXES, check_link, listed_file, load_from_hub, load_shards, visible
 from cxr_backbone.data.labels import make_features
 from cxr_backbone.data.protocols import OFFICIAL_VALIDATION, divide
 from cxr_backbone.data.splits import is_missing
@@ -135,9 +135,10 @@ def _read_class_folders(root: Path) -> dict[str, list[Film]]:
         if split == "val" and not (root / split).is_dir():
             continue  # Mendeley's copy has none
         films[split] = []
-        for class_folder in [root / split / label for label in LABELS]:
+        # A split may be a link: people keep the films on another disk. What is in it may not lead out of it.
+        for class_folder in [check_link(root / split / label, root / split) for label in LABELS]:
             found = visible(class_folder) if class_folder.is_dir() else []
-            paths = [path for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
+            paths = [check_link(path, root / split) for path in found if path.suffix.lower() in IMAGE_SUFFIXES]
             if not paths:
                 raise ValueError(f"{class_folder} holds no images; expected JPEG or PNG files.")
             for path in paths:
@@ -167,10 +168,13 @@ def _with_patients(loaded: datasets.DatasetDict, name: str) -> dict[str, dataset
             raise ValueError(f"{name} ({split}) lacks the columns {', '.join(sorted(missing))}.")
         labels = _label_names(dataset)
         undecoded = dataset.select_columns("image").cast_column("image", datasets.Image(decode=False))
-        paths = undecoded.flatten()["image.path"]
+        parts = undecoded.flatten()
+        without_bytes = parts.data.column("image.bytes").is_null().to_pylist()
         films = []
-        for row, (path, label) in enumerate(zip(paths, labels, strict=True)):
+        for row, (path, label) in enumerate(zip(parts["image.path"], labels, strict=True)):
             where = f"{name} ({split}), row {row}"
+            if without_bytes[row]:  # its path would be opened, whatever on this machine that is
+                raise ValueError(f"{where} holds no bytes of a film; expected the whole file in it, not its path.")
             if not path:
                 raise ValueError(f"{where} has no file name in its image, so patients can't be kept apart.")
             patient_id, subtype = _parse_file_name(Path(path).name, where=f"{where}, file {path}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -169,6 +170,22 @@ def _label_names(
     raise ValueError(f"{where} doesn't tell the classes of {columns[0]!r}; name them in label_names, index 0 first.")
 
 
+def _parquet_rows(shards: list[str]) -> datasets.IterableDataset:
+    """Rows of local shards, one row group in memory for each shard that is open.
+
+    (`load_dataset` reads far ahead in each, and a shuffled stream has ten of them open.)
+    """
+    features = datasets.Features.from_arrow_schema(pq.read_schema(shards[0]))
+    return datasets.IterableDataset.from_generator(_read_parquet, features=features, gen_kwargs={"shards": shards})
+
+
+def _read_parquet(shards: list[str]) -> Iterator[dict[str, Any]]:
+    for shard in shards:
+        with pq.ParquetFile(shard, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, use_threads=False):
+                yield from batch.to_pylist()
+
+
 def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]:
     """The shards of each split, unread, and what changes when they do."""
     folder = Path(source)
@@ -179,6 +196,8 @@ def _load_shards(source: str) -> tuple[dict[str, datasets.IterableDataset], str]
                     check_same_classes(files)
                 status = {shard: Path(shard).stat() for shards in files.values() for shard in shards}
                 states = [(str(Path(shard).resolve()), it.st_size, it.st_mtime_ns) for shard, it in status.items()]
+                if kind == "parquet":
+                    return {split: _parquet_rows(shards) for split, shards in files.items()}, str(states)
                 return datasets.load_dataset(kind, data_files=files, streaming=True), str(states)
         raise ValueError(f"{folder} holds no shards; expected {' or '.join(SHARDS.values())} named after their split.")
     if not is_hub_id(source):

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from torch.utils.data import DataLoader
 
-from cxr_backbone.data.decoding import CACHE_FORMAT, cache_folder, decode_film, leave_out_unreadable
+from cxr_backbone.data.decoding import CACHE_FORMAT, FILMS_PER_BATCH, cache_folder, decode_film, leave_out_unreadable
 from cxr_backbone.data.facts import FILM_FEATURES
 from cxr_backbone.data.shards import Stream
 
@@ -122,7 +122,11 @@ def _write(
     fingerprint = hashlib.sha256(str(folder).encode()).hexdigest()
     try:
         return datasets.Dataset.from_generator(
-            generate, features=features, cache_dir=str(folder), fingerprint=fingerprint
+            generate,
+            features=features,
+            cache_dir=str(folder),
+            fingerprint=fingerprint,
+            writer_batch_size=FILMS_PER_BATCH,  # by default it holds a thousand films before it writes any
         )
     except datasets.exceptions.DatasetGenerationError as error:
         raise error.__cause__ or error from None  # what is wrong with the row, and not that something is

@@ -20,6 +20,9 @@ from cxr_backbone.data.files import load_from_hub, load_parquet, load_shards, sp
 
 TEXT_TABLES = (".csv", ".csv.gz", ".jsonl")
 METADATA = ("metadata.csv", "metadata.jsonl")
+# Several times the largest public sets; a table from elsewhere may unpack to more than the memory.
+MAX_ROWS = 5_000_000
+MAX_TEXT_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def _from_text(tables: list[Path], folder: Path, image_column: str, columns: Seq
         seen: dict[str, None] = {}  # a set in the order of the table
         start = len(places)
         for line, row in _csv_rows(table) if ".csv" in table.suffixes else _json_rows(table):
+            if len(places) == MAX_ROWS:
+                raise ValueError(f"{table} has more than {MAX_ROWS:,} rows; expected a row for each film of a set.")
             where = f"{table}, line {line}"
             seen |= dict.fromkeys(row)
             for column in wanted:
@@ -136,7 +141,7 @@ def _json_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if line.strip():
                     try:
                         row = json.loads(line)
-                    except (json.JSONDecodeError, RecursionError):
+                    except (ValueError, RecursionError):  # a number of thousands of digits is no JSONDecodeError
                         row = None
                     if not isinstance(row, dict):
                         raise ValueError(f"{table}, line {number} is no JSON object; expected one a line.")
@@ -146,9 +151,25 @@ def _json_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _open_text(table: Path) -> TextIO:
+    if _text_bytes(table) > MAX_TEXT_BYTES:
+        raise ValueError(f"{table} holds more than {MAX_TEXT_BYTES:,} bytes of text; expected a smaller table.")
     if table.suffix == ".gz":
         return gzip.open(table, "rt", newline="", encoding="utf-8-sig")
     return table.open(newline="", encoding="utf-8-sig")
+
+
+def _text_bytes(table: Path) -> int:
+    """How much a table unpacks to, counted until it is too much."""
+    if table.suffix != ".gz":
+        return table.stat().st_size
+    total = 0
+    try:
+        with gzip.open(table) as file:
+            while total <= MAX_TEXT_BYTES and (block := file.read(2**20)):
+                total += len(block)
+    except (OSError, EOFError, zlib.error):
+        pass  # what is damaged is left to whoever reads the rows
+    return total
 
 
 def _from_arrow(

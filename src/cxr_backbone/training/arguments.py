@@ -25,6 +25,12 @@ class RunArguments:
         default=None,
         metadata={"help": "threads a process (default: without a GPU, all cores shared among the processes)"},
     )
+    save_minutes: float = field(
+        default=5.0, metadata={"help": "minutes of training between checkpoints, from which a stopped run goes on"}
+    )
+    deterministic: bool = field(
+        default=False, metadata={"help": "GPU kernels that give the same result each time; slower"}
+    )
     report_to: str = field(
         default="none", metadata={"help": "a tracker of Accelerate (tensorboard, wandb, trackio), or none"}
     )
@@ -39,7 +45,7 @@ class RunArguments:
             self.mixed_precision,
             "auto, no, fp16 or bf16",
         )
-        _require_at_least(self, "run", cpu_threads=1)
+        _require_at_least(self, "run", cpu_threads=1, save_minutes=0)
         trackers = ("none", "tensorboard", "wandb", "trackio")
         _require(self.report_to in trackers, "run.report_to", self.report_to, ", ".join(trackers))
         allowed = not self.push_to_hub or self.hub_model_id is not None
@@ -197,10 +203,18 @@ class FineTuningArguments:
     evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
     patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "BatchNorm over the batches of all processes together (GPUs only)"}
+    )
+    nonfinite: str = field(
+        default="stop", metadata={"help": "at a loss or gradient that is NaN or infinite: stop, or skip the batch"}
+    )
 
     def __post_init__(self):
-        _require_at_least(self, "fine_tuning", epochs=1, batch_size=1, gradient_accumulation_steps=1)
+        # In a batch of one, BatchNorm would take every image for its own mean.
+        _require_at_least(self, "fine_tuning", epochs=1, batch_size=2, gradient_accumulation_steps=1)
         _require_at_least(self, "fine_tuning", evaluations_per_epoch=1, patience=1, weight_decay=0)
+        _require(self.nonfinite in ("stop", "skip"), "fine_tuning.nonfinite", self.nonfinite, "stop or skip")
         for name in ("learning_rate", "stage_decay", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"fine_tuning.{name}", getattr(self, name), "above 0")
         for name in ("augmentation", "ema_decay", "warmup_ratio"):
@@ -313,6 +327,9 @@ def _parse_section(name: str, kind: Any, settings: dict[str, Any]) -> Any:
         if key == "mixed_precision" and value is False:  # YAML reads a bare no as false
             value = "no"
         values = value if isinstance(value, list) else [value]
+        # Lists of lists, by way of YAML's aliases, can stand for more than any memory holds.
+        if any(isinstance(item, list | dict) for item in values):
+            raise ValueError(f"{name}.{key} holds lists or fields of its own; expected one value, or a list of values.")
         _require(len(values) == 1 or "list" in known[key], f"{name}.{key}", values, "one value")
         tokens += [f"--{key}", *map(str, values)]
     return _SectionParser(kind, prog=name).parse_args_into_dataclasses(args=tokens, look_for_args_file=False)[0]
