@@ -1,5 +1,7 @@
 """A network of the real one's shape, narrow enough for tests, and what it is trained with."""
 
+import signal
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
@@ -8,7 +10,18 @@ from safetensors.torch import save_file
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
 from cxr_backbone.data.decoding import stack_pixels
 from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer
+from cxr_backbone.training.arguments import (
+    Arguments,
+    DataArguments,
+    EvaluationArguments,
+    FineTuningArguments,
+    FrozenArguments,
+    ModelArguments,
+    RunArguments,
+)
 from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.interruption import Interruption
+from cxr_backbone.training.state import TrainingRun
 from cxr_backbone.weights import CONV_NAMES
 
 PROCESSOR = CXRInceptionImageProcessor(size={"height": 75, "width": 75})
@@ -29,6 +42,31 @@ def all_pixel_values(rows):
 def accelerator(accumulation=1):
     loaders = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0)
     return Accelerator(cpu=True, gradient_accumulation_steps=accumulation, dataloader_config=loaders)
+
+
+def training_run(folder, accelerator, *, fine_tuning=None, **settings):
+    """A run directory in use, without the films that `start` asks for."""
+    arguments = Arguments(
+        RunArguments(output_dir=str(folder), **settings),
+        DataArguments(format="synthetic"),
+        ModelArguments(),
+        FrozenArguments(),
+        fine_tuning or FineTuningArguments(),
+        EvaluationArguments(report=False),
+    )
+    run = TrainingRun(arguments)
+    run.accelerator = accelerator
+    run.claim()
+    return run
+
+
+def deaf_interruption():
+    """One that no signal reaches: those of the test process keep their handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    interruption = Interruption()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return interruption
 
 
 def write_published_weights(path):

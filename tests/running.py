@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-class Run:
-    """A run of the recipe with a cache of its own, in a process of its own, or in several that `torchrun` starts."""
+class Recipe:
+    """The recipe with a cache and a run directory of its own, in a process, or in several that `torchrun` starts."""
 
     def __init__(self, folder, config, processes=1, **overrides):
         self.path = folder / "run"
@@ -20,8 +20,13 @@ class Run:
         launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"]
         if processes > 1:  # which accelerate's launcher does not start on CPUs
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-        self.process = self.python(*launch, "recipes/two_stage.py", *self.argv)
-        assert self.process.returncode == 0, self.process.stderr
+        self.command = [*launch, "recipes/two_stage.py", *self.argv]
+
+    def start(self, output):
+        """A launcher that runs until it has ended or is stopped; what it prints goes to the file `output`."""
+        command = [sys.executable, *map(str, self.command)]
+        with output.open("w") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT)
 
     def python(self, *argv):
         command = [sys.executable, *map(str, argv)]
@@ -33,6 +38,15 @@ class Run:
     @property
     def log(self):
         return [json.loads(line) for line in (self.path / "log.jsonl").read_text().splitlines()]
+
+
+class Run(Recipe):
+    """A run from start to end."""
+
+    def __init__(self, folder, config, processes=1, **overrides):
+        super().__init__(folder, config, processes, **overrides)
+        self.process = self.python(*self.command)
+        assert self.process.returncode == 0, self.process.stderr
 
 
 def sample_run(folder, **overrides):

@@ -381,10 +381,11 @@ def _multi_label_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, sm
 @contextmanager
 def _running_statistics_kept(model: nn.Module):
     # With momentum 0, BatchNorm in train mode still normalises by the batch but leaves its statistics as they are.
-    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    counter = torch.zeros((), dtype=torch.long)  # that nobody reads; SyncBatchNorm does not do without one
     for layer in layers:
-        layer.momentum, layer.num_batches_tracked = 0.0, None
+        layer.momentum, layer.num_batches_tracked = 0.0, counter
     try:
         yield
     finally:

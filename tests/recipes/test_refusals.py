@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -54,6 +55,15 @@ def config(tmp_path, films, weights):
         "fine_tuning: {batch_size: 4, epochs: 1}\n"
     )
     return tmp_path / "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def keep_signals():
+    """The recipe takes them for its process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def refusal(recipe, monkeypatch, *argv):
@@ -209,6 +219,8 @@ SETTINGS = [
     (["--fine_tuning.learningrate", "1"], ["fine_tuning.learningrate", "learning_rate"]),
     (["--fine_tuning.epochs", "few"], ["epochs", "few"]),
     (["--fine_tuning.batch_size", "19"], ["fine_tuning.batch_size=19", "18 images"]),
+    (["--fine_tuning.batch_size", "1"], ["fine_tuning.batch_size=1", "expected 2 or more"]),
+    (["--fine_tuning.sync_batch_norm", "true"], ["fine_tuning.sync_batch_norm=True", "GPUs"]),
     (["--data.num_folds", "100"], ["100 folds", "100 patients"]),
     (["--data.fold", "4"], ["fold=4", "num_folds=4"]),
     (["--data.num_patients", "5"], ["data.num_patients", "data.format=kermany"]),

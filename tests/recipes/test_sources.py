@@ -3,7 +3,6 @@
 import json
 
 import datasets
-import pyarrow.parquet as pq
 import pytest
 from running import Run
 
@@ -101,18 +100,6 @@ def test_processes_take_steps_together(stream_run):
     films = len(load_synthetic(40, image_size=75)["train"])
     assert steps == list(range(2 * (films // (4 * processes))))
     assert [line for line in stream_run.log if line["phase"] == "fine_tuning"][-1]["epoch"] == 2
-
-
-def test_two_processes_train_on_one_decoded_set(tmp_path):
-    overrides = SMALL | {"data.num_patients": [40], "fine_tuning.batch_size": [4]}
-    run = Run(tmp_path, "recipes/configs/sample.yaml", 2, **overrides)
-    splits = load_synthetic(40, image_size=75)
-    assert run.read("environment.json")["processes"] == 2
-    for name in ("validation", "test"):
-        assert results(run, name)["films"] == len(splits[name])
-    ids = pq.read_table(run.path / "predictions/fine_tuned test.parquet")["image_id"].to_pylist()
-    assert ids == splits["test"]["image_id"][:]
-    assert run.process.stdout.count("duplicates: ") == 1  # one audit
 
 
 def test_no_decoded_copy_of_train_is_kept(stream_run, tmp_path_factory):

@@ -55,12 +55,14 @@ def test_the_films_that_were_given_stay_as_they_are(films):
     assert torch.equal(films, before)
 
 
-def test_torchs_own_random_numbers_go_on_as_if_nothing_had_happened(films):
-    torch.manual_seed(0)
-    expected = torch.rand(4)
-    torch.manual_seed(0)
-    Augmentation(1.0)(films, seed=9)
-    assert torch.equal(torch.rand(4), expected)
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_what_is_drawn_next_follows_from_the_seed_too(films, strength):
+    drawn = []
+    for before in (1, 2):
+        torch.manual_seed(before)
+        Augmentation(strength)(films, seed=9)
+        drawn.append(torch.rand(4))
+    assert torch.equal(*drawn)
 
 
 def test_no_film_is_mirrored(films):

@@ -32,7 +32,10 @@ def rows(films, tmp_path_factory):
 
 def number_rows(labels):
     """Rows of 2 x 2 pixels, whose value is the number of the row."""
-    return Dataset.from_dict({"pixels": [bytes([n] * 4) for n in range(len(labels))], "label": labels})
+    image_ids = [f"film {n}" for n in range(len(labels))]
+    return Dataset.from_dict(
+        {"pixels": [bytes([n] * 4) for n in range(len(labels))], "label": labels, "image_id": image_ids}
+    )
 
 
 def as_stream(rows, num_shards=3, num_workers=0):
@@ -127,10 +130,11 @@ def test_shards_that_do_not_divide_among_the_processes_are_warned_of(caplog):
     assert "3 shards for 2 processes" in caplog.text
 
 
-def test_a_film_keeps_its_label(numbered):
+def test_a_film_keeps_its_label_and_its_name(numbered):
     for batch in training_loader(numbered, 8, accelerator(), seed=3):
         assert batch["pixels"].dtype == torch.uint8 and batch["pixels"].shape == (8, 1, 2, 2)
         assert torch.equal(batch["pixels"][:, 0, 1, 1].long(), batch["label"])
+        assert batch["image_id"] == [f"film {label}" for label in batch["label"].tolist()]
 
 
 def test_training_batches_are_full_and_no_row_comes_twice(numbered):

@@ -11,7 +11,7 @@ from cxr_backbone import CXRInceptionImageProcessor
 from cxr_backbone.evaluation.calibration import fit_temperature
 from cxr_backbone.evaluation.operating_points import choose_operating_points
 from cxr_backbone.training.arguments import EvaluationArguments
-from cxr_backbone.training.examine import Candidate, Examiner, is_complete, overfitting
+from cxr_backbone.training.examine import Candidate, Examiner, chosen_evaluation, is_complete, overfitting
 
 
 def examiner(**arguments):
@@ -100,6 +100,22 @@ def test_the_gap_is_that_of_the_checkpoint_which_validation_chose():
     assert found["chosen"] == 5 and found["gap"] == pytest.approx(0.1)
     assert found["curve"][2] == {"after_steps": 10, "epoch": 2, "train": 0.1, "validation": 0.5, "test": 0.6}
     assert len(found["curve"]) == 3
+
+
+def test_of_two_evaluations_with_the_same_loss_the_first_is_chosen():
+    """As in training, which keeps a model for a lower loss only."""
+    again = {"phase": "fine_tuning", "after_steps": 15, "epoch": 3, "validation_loss": 0.4}
+    assert chosen_evaluation(LOG) == chosen_evaluation([*LOG, again]) == 5
+
+
+def test_a_model_is_restored_as_it_was_at_an_evaluation(phantoms, candidate, tmp_path):
+    expected = examiner().predictions(candidate, phantoms["test"])
+    weights = {name: tensor.contiguous() for name, tensor in candidate.model.state_dict().items()}
+    save_file(weights, tmp_path / "000000005.safetensors")
+    restored = examiner().restore(tmp_path / "000000005.safetensors", candidate.config, PROCESSOR)
+    np.testing.assert_allclose(examiner().predictions(restored, phantoms["test"]).logits, expected.logits, rtol=1e-4)
+    examiner().settle(restored, phantoms["validation"])
+    assert restored.config.temperature and candidate.config.temperature is None  # each has a config of its own
 
 
 def test_a_log_of_a_run_that_was_stopped_says_nothing_of_overfitting():

@@ -122,3 +122,14 @@ def test_a_pass_that_breaks_off_leaves_no_file(extract, backbone, tmp_path, monk
     with pytest.raises(TypeError):
         extract()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_pass_that_was_killed_left_is_not_read(extract, tmp_path):
+    expected = extract()
+    (file,) = tmp_path.iterdir()
+    half = file.read_bytes()[:1000]
+    file.unlink()
+    file.with_name(file.name + ".unfinished").write_bytes(half)
+    for again, before in zip(extract(), expected, strict=True):
+        assert torch.equal(again, before)
+    assert list(tmp_path.iterdir()) == [file]

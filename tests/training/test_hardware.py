@@ -1,9 +1,17 @@
 """Precision and threads are chosen by what the machine can do, unless the user says otherwise."""
 
+import os
+
 import pytest
 import torch
 
-from cxr_backbone.training.hardware import choose_precision, use_threads
+from cxr_backbone.training.hardware import (
+    choose_precision,
+    join_processes,
+    main_process_first,
+    use_deterministic_kernels,
+    use_threads,
+)
 
 
 @pytest.fixture
@@ -73,3 +81,28 @@ def test_a_number_of_threads_that_is_asked_for_is_given(machine, threads_set, gp
     machine(gpu=gpu)
     use_threads(3)
     assert threads_set == [3]
+
+
+def test_fp16_without_a_gpu_is_refused_with_what_there_is(machine):
+    machine(gpu=False)
+    with pytest.raises(ValueError, match=r"run\.mixed_precision=fp16 needs a GPU; use bf16, no or auto"):
+        choose_precision("fp16")
+
+
+@pytest.mark.parametrize(("chosen", "left"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_kernels_that_differ_from_time_to_time_are_refused(monkeypatch, chosen, left):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", chosen or "")
+    if not chosen:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        use_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == left
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_process_alone_is_the_main_one_and_waits_for_nobody():
+    assert join_processes().is_main_process
+    with main_process_first():
+        pass

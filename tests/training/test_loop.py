@@ -1,14 +1,16 @@
 """Phase two keeps the best model it comes by, and says what it did at every step."""
 
-import copy
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from narrow import PROCESSOR, accelerator, all_pixel_values, tiny_model
+from narrow import PROCESSOR, accelerator, all_pixel_values, deaf_interruption, tiny_model, training_run
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,40 +18,39 @@ from torch.optim.lr_scheduler import LambdaLR
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.training import loop
 from cxr_backbone.training.arguments import FineTuningArguments
-from cxr_backbone.training.loop import predict, train
+from cxr_backbone.training.loop import Trainer, predict
+from cxr_backbone.training.nonfinite import NonfiniteError
 from cxr_backbone.training.phases import fine_tune, parameter_groups
+from cxr_backbone.training.state import read_log
 
 
 class Run:
     """A fine-tuning with its log and what it saved."""
 
     def __init__(self, phantoms, model=None, accumulation=1, method=fine_tune, seed=0, **arguments):
-        self.model, self.lines = model or tiny_model(), []
-        self.saved, self.evaluated = [], []  # the best so far, and all of them, with the steps they took
-        self.accelerator = accelerator(accumulation)
+        self.model, self.accelerator = model or tiny_model(), accelerator(accumulation)
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, "ema_decay": 0.8, "patience": 100}
         settings["gradient_accumulation_steps"] = accumulation
         self.error = None
-        try:
-            method(
-                self.model,
-                phantoms["train"],
-                phantoms["validation"],
-                PROCESSOR,
-                self.accelerator,
-                FineTuningArguments(**(settings | arguments)),
-                seed=seed,
-                log=lambda **line: self.lines.append(line),
-                save=self.save,
-            )
-        except RuntimeError as error:
-            self.error = str(error)
-
-    def save(self, model, steps, is_best):
-        weights = copy.deepcopy(model.state_dict())
-        self.evaluated.append((steps, weights))
-        if is_best:
-            self.saved.append(weights)
+        with tempfile.TemporaryDirectory() as folder:
+            run = training_run(Path(folder) / "run", self.accelerator, seed=seed)
+            try:
+                method(
+                    self.model,
+                    phantoms["train"],
+                    phantoms["validation"],
+                    PROCESSOR,
+                    self.accelerator,
+                    FineTuningArguments(**(settings | arguments)),
+                    run=run,
+                    interruption=deaf_interruption(),
+                )
+            except NonfiniteError as error:
+                self.error = str(error)
+            self.lines = read_log(run.path)
+            self.evaluated = {int(file.stem): load_file(file) for file in sorted(run.evaluated.glob("*"))}
+            best = run.fine_tuned / "model.safetensors"
+            self.best = load_file(best) if best.is_file() else None
 
     @property
     def evaluations(self):
@@ -73,12 +74,11 @@ def validation_loss(state_dict, phantoms):
     return F.cross_entropy(logits, labels).item()
 
 
-def test_every_evaluation_is_handed_out_and_the_best_so_far_told(tuned, phantoms):
-    assert [steps for steps, _ in tuned.evaluated] == [line["after_steps"] for line in tuned.evaluations]
-    losses = [line["validation_loss"] for line in tuned.evaluations]
-    for (_, weights), loss in zip(tuned.evaluated, losses, strict=True):
-        assert validation_loss(weights, phantoms) == pytest.approx(loss, abs=1e-5)
-    assert len(tuned.saved) == sum(loss < min([*losses[:count], 1e9]) for count, loss in enumerate(losses))
+def test_the_weights_of_every_evaluation_are_kept(tuned, phantoms):
+    assert list(tuned.evaluated) == [line["after_steps"] for line in tuned.evaluations]
+    for line in tuned.evaluations:
+        loss = validation_loss(tuned.evaluated[line["after_steps"]], phantoms)
+        assert loss == pytest.approx(line["validation_loss"], abs=1e-5)
 
 
 def test_the_head_is_asked_in_full_precision_whatever_the_backbone_runs_in(phantoms):
@@ -95,11 +95,12 @@ def test_the_head_is_asked_in_full_precision_whatever_the_backbone_runs_in(phant
 def test_findings_are_fine_tuned_by_the_same_function():
     generator = np.random.default_rng(0)
     levels = [0, 100] * 16
+    names = [f"film {number}" for number in range(32)]
     films = [generator.integers(level, level + 100, (75, 75), dtype=np.uint8) for level in levels]
     labels = [{"bright": float(level > 0), "never known": float("nan")} for level in levels]
-    rows = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels})
+    rows = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels, "image_id": names})
     model = tiny_model(2, problem_type="multi_label_classification")
-    run = Run({"train": rows, "validation": rows}, model=model, epochs=12, augmentation=0.0)
+    run = Run({"train": rows, "validation": rows}, model=model, epochs=12, evaluations_per_epoch=1, augmentation=0.0)
     losses = [line["train_loss"] for line in run.steps]
     quarter = len(losses) // 4
     assert run.error is None and sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
@@ -109,25 +110,37 @@ def test_fine_tuning_learns_dark_from_bright():
     generator = np.random.default_rng(0)
     labels = [0, 1] * 16
     films = [generator.integers(100 * label, 100 * label + 100, (75, 75), dtype=np.uint8) for label in labels]
-    dark_and_bright = Dataset.from_dict({"pixels": [film.tobytes() for film in films], "label": labels})
-    run = Run({"train": dark_and_bright, "validation": dark_and_bright}, epochs=12, augmentation=0.0)
+    names = [f"film {number}" for number in range(32)]
+    pixels = [film.tobytes() for film in films]
+    dark_and_bright = Dataset.from_dict({"pixels": pixels, "label": labels, "image_id": names})
+    run = Run(
+        {"train": dark_and_bright, "validation": dark_and_bright}, epochs=12, evaluations_per_epoch=1, augmentation=0.0
+    )
     losses = [line["train_loss"] for line in run.steps]
     quarter = len(losses) // 4
     assert sum(losses[-quarter:]) < 0.9 * sum(losses[:quarter])
 
 
-def test_what_was_saved_last_has_the_lowest_validation_loss_of_the_log(tuned, phantoms):
+def test_a_class_that_no_film_of_a_batch_has_does_no_harm(phantoms):
+    healthy = [film for film, label in enumerate(phantoms["train"]["label"][:]) if label == 0]
+    run = Run(phantoms | {"train": phantoms["train"].select(healthy)}, epochs=1, batch_size=4)
+    assert run.error is None and len(run.steps) == len(healthy) // 4  # a last batch that is not full is left out
+    assert all(isinstance(line["train_loss"], float) for line in run.steps)
+    assert all(tensor.isfinite().all() for tensor in run.model.state_dict().values())
+
+
+def test_the_model_that_is_kept_has_the_lowest_validation_loss_of_the_log(tuned, phantoms):
     losses = [line["validation_loss"] for line in tuned.evaluations]
     assert min(losses) < losses[-1]  # the best is not the last
-    assert validation_loss(tuned.saved[-1], phantoms) == pytest.approx(min(losses), abs=1e-6)
-    records = [loss for index, loss in enumerate(losses) if loss < min([*losses[:index], float("inf")])]
-    assert len(tuned.saved) == len(records)
+    assert validation_loss(tuned.best, phantoms) == pytest.approx(min(losses), abs=1e-6)
+    chosen = tuned.evaluated[tuned.evaluations[losses.index(min(losses))]["after_steps"]]
+    assert all(torch.equal(tensor, chosen[name]) for name, tensor in tuned.best.items())
 
 
 def test_the_start_is_evaluated_and_saved_before_the_first_step(tuned):
     assert tuned.evaluations[0]["epoch"] == 0 and tuned.evaluations[0]["train_loss"] is None
     start = tiny_model().state_dict()
-    assert all(torch.equal(tensor, start[name]) for name, tensor in tuned.saved[0].items())
+    assert all(torch.equal(tensor, start[name]) for name, tensor in tuned.evaluated[0].items())
 
 
 def test_the_log_has_each_step_and_each_evaluation(tuned, phantoms):
@@ -141,7 +154,7 @@ def test_the_log_has_each_step_and_each_evaluation(tuned, phantoms):
 
 
 def test_the_average_that_is_kept_is_not_the_raw_model(tuned):
-    raw, kept = tuned.model.state_dict(), tuned.saved[-1]
+    raw, kept = tuned.model.state_dict(), tuned.best
     assert raw.keys() == kept.keys()
     changed = [name for name, tensor in kept.items() if not torch.equal(tensor, raw[name])]
     assert set(changed) >= {name for name in kept if name.endswith(("convolution.weight", "running_mean"))}
@@ -163,9 +176,9 @@ def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
 
     monkeypatch.setattr(loop, "predict", answer_less_and_less)
     run = Run(phantoms, epochs=1, evaluations_per_epoch=3)
-    assert len(run.evaluations) == 4 and len(run.saved) == 1
+    assert len(run.evaluations) == len(run.evaluated) == 4
     start = tiny_model().state_dict()
-    assert all(torch.equal(tensor, start[name]) for name, tensor in run.saved[0].items())
+    assert all(torch.equal(tensor, start[name]) for name, tensor in run.best.items())
 
 
 @pytest.mark.parametrize("patience", [1, 3])
@@ -183,7 +196,7 @@ def train_frozen(to_stage, model, *rest, **keywords):
     """`fine_tune` for a model whose lower stages stay frozen."""
     model.freeze_backbone(to_stage)
     optimizer = torch.optim.AdamW(parameter_groups(model, rest[-1]))
-    train(model, *rest, optimizer, lambda updates: LambdaLR(optimizer, lambda update: 1.0), **keywords)
+    Trainer(model, *rest, optimizer, lambda updates: LambdaLR(optimizer, lambda update: 1.0), **keywords).train()
 
 
 def train_counting(counts, model, *rest, **keywords):
@@ -195,7 +208,7 @@ def train_counting(counts, model, *rest, **keywords):
         counts["announced"] = updates
         return scheduler
 
-    train(model, *rest, optimizer, make_scheduler, **keywords)
+    Trainer(model, *rest, optimizer, make_scheduler, **keywords).train()
     counts["scheduled"] = scheduler.last_epoch
     counts["made"] = {int(state["step"]) for state in optimizer.state.values()}
 
@@ -216,7 +229,7 @@ def test_accumulated_batches_make_one_update(phantoms, accumulation, an_epoch, s
 def test_a_frozen_stage_does_not_move_by_one_bit(phantoms):
     start = tiny_model().state_dict()
     run = Run(phantoms, epochs=1, method=partial(train_frozen, "stage1"), weight_decay=0.5)
-    for states in (run.model.state_dict(), run.saved[-1]):
+    for states in (run.model.state_dict(), run.best, *run.evaluated.values()):
         frozen = [name for name in start if ".stem." in name or ".stage1." in name]
         assert any("running_mean" in name for name in frozen)
         assert all(torch.equal(states[name], start[name]) for name in frozen)
@@ -245,16 +258,17 @@ def test_gradient_checkpointing_gives_the_same_run(phantoms):
 
 def test_a_learning_rate_that_explodes_stops_the_run_and_leaves_what_was_saved(phantoms):
     run = Run(phantoms, learning_rate=1e30, warmup_ratio=0.0)
-    assert run.error and "nan at step 1" in run.error and "fine_tuning.learning_rate" in run.error
-    assert len(run.saved) == 1 and all(tensor.isfinite().all() for tensor in run.saved[0].values())
+    assert run.error.startswith("At step 1 the loss is nan") and "fine_tuning.learning_rate" in run.error
+    assert list(run.evaluated) == [0] and all(tensor.isfinite().all() for tensor in run.best.values())
+    assert [line["train_loss"] is None for line in run.steps] == [False, True]  # JSON has no NaN
 
 
 def test_a_model_that_starts_broken_is_never_saved(phantoms):
     model = tiny_model()
     nn.init.constant_(model.classifier.output_layer.bias, float("nan"))
     run = Run(phantoms, model=model)
-    assert "nan at step 0" in run.error
-    assert run.saved == []
+    assert run.error == "The validation loss is nan after 0 steps of fine-tuning."
+    assert run.best is None and not run.evaluated
 
 
 def test_predictions_are_in_order_and_leave_the_mode_as_it_was(phantoms):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from narrow import PROCESSOR, accelerator, all_pixel_values, tiny_model
+from narrow import PROCESSOR, accelerator, all_pixel_values, deaf_interruption, tiny_model, training_run
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
 from cxr_backbone.training.features import extract_features
-from cxr_backbone.training.phases import fit_head, parameter_groups
+from cxr_backbone.training.nonfinite import NonfiniteError
+from cxr_backbone.training.phases import fine_tune, fit_head, parameter_groups
+from cxr_backbone.training.state import read_log
 
 MIDDLE = 0.1  # the L2 strength that suits the made-up features below
 TOLERANCE = 3e-3  # of probabilities; how close the minimiser comes
@@ -65,6 +67,12 @@ def test_a_linear_head_is_scikit_learns_logistic_regression(features, labels, st
     reference.fit(scaled(train_values, train_values).double().numpy(), train_labels.numpy())
     expected = reference.predict_proba(scaled(values, train_values).double().numpy())
     torch.testing.assert_close(probabilities(model, values), torch.from_numpy(expected), rtol=0, atol=TOLERANCE)
+
+
+def test_features_that_are_no_numbers_are_refused(features):
+    features[2][:, 0] = float("nan")  # of validation: no strength can be chosen by it
+    with pytest.raises(NonfiniteError, match=r"no number at any of frozen\.l2_strengths"):
+        fit(tiny_model(3), features, [1e-2, MIDDLE])
 
 
 @pytest.mark.parametrize("strength", [1e-5, 1e-3])
@@ -264,3 +272,46 @@ def test_only_weights_of_convolutions_and_linear_layers_decay():
         for name, parameter in module.named_parameters(recurse=False):
             decaying = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
             assert decays[id(parameter)] == (0.3 if decaying else 0.0)
+
+
+def in_use(model):
+    """A copy whose statistics are those of some training, and one more with BatchNorm over all processes."""
+    plain = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for layer in plain.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.uniform_(-0.1, 0.1, generator=generator)
+            layer.running_var.uniform_(0.5, 2, generator=generator)
+    return plain, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+
+
+def test_all_batch_norm_layers_are_made_one_over_all_processes_and_a_single_one_trains_as_before(phantoms, tmp_path):
+    rows, logs = (phantoms["train"].select(range(8)), phantoms["validation"]), []
+    for over_all in (False, True):
+        model, prepared = in_use(tiny_model())[0], accelerator()
+        layers = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        arguments = FineTuningArguments(batch_size=4, epochs=2, sync_batch_norm=over_all)
+        run = training_run(tmp_path / str(over_all), prepared, fine_tuning=arguments)
+        fine_tune(model, *rows, PROCESSOR, prepared, arguments, run=run, interruption=deaf_interruption())
+        converted = sum(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+        assert converted == (layers if over_all else 0) and layers > 90
+        logs.append(read_log(run.path))
+    assert logs[0] == logs[1]
+
+
+def test_a_model_with_such_layers_answers_the_same(phantoms):
+    pixel_values = all_pixel_values(phantoms["test"].select(range(4)))
+    with torch.no_grad():
+        plain, over_all = (model.eval()(pixel_values).logits for model in in_use(tiny_model()))
+    assert torch.equal(plain, over_all)
+
+
+def test_gradient_checkpointing_moves_their_statistics_once(phantoms):
+    pixel_values = all_pixel_values(phantoms["test"].select(range(4)))
+    models = in_use(tiny_model())
+    models[1].gradient_checkpointing_enable()
+    for model in models:
+        model.train()(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    plain, checkpointed = (dict(model.named_buffers()) for model in models)
+    for name, buffer in plain.items():
+        torch.testing.assert_close(checkpointed[name], buffer, rtol=0, atol=1e-6)

@@ -9,42 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import DatasetDict
 from evaluation.drawn_predictions import drawn_run, two_classes
-from narrow import tiny_model
-from safetensors.torch import load_file
 
 from cxr_backbone.data.audit import audit
-from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.splits import repeat_split
-from cxr_backbone.data.synthetic import load_synthetic
 from cxr_backbone.training.arguments import parse_arguments
+from cxr_backbone.training.environment import PACKAGES
 from cxr_backbone.training.films import Films
-from cxr_backbone.training.state import PACKAGES, RunDirectory, read_log
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    (tmp_path / "config.yaml").write_text(
-        "run: {output_dir: here, seed: 4}\ndata: {format: synthetic}\nmodel: {image_mean: [0.4], dropout: 1e-1}"
-    )
-    return parse_arguments([str(tmp_path / "config.yaml"), "--frozen.l2_strengths", "1e-3", "0.1"])
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory):
-    """Twenty phantoms, decoded; a file that could not be read."""
-    cache = tmp_path_factory.mktemp("cache")
-    splits = DatasetDict(
-        {name: decode_once(rows, 32, cache) for name, rows in load_synthetic(20, image_size=32).items()}
-    )
-    return Films(
-        splits,
-        splits["train"],
-        splits["train"],
-        splits["test"],
-        {"broken.png": "Can't read broken.png, it is no image."},
-    )
+from cxr_backbone.training.state import RunDirectory
 
 
 @pytest.fixture
@@ -113,22 +85,6 @@ def test_a_file_of_initial_weights_is_known_by_its_hash(arguments, films, tmp_pa
     assert environment["initial_weights_sha256"] == hashlib.sha256(b"some weights").hexdigest()
 
 
-def test_the_log_grows_a_line_at_a_time(started):
-    started.log(phase="frozen", l2=0.1)
-    started.log(phase="fine_tuning", step=0, train_loss=None)
-    lines = (started.path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"phase": "frozen", "l2": 0.1},
-        {"phase": "fine_tuning", "step": 0, "train_loss": None},
-    ]
-
-
-def test_models_and_metrics_have_their_places(tmp_path):
-    run = RunDirectory(tmp_path / "new")
-    assert (run.frozen, run.fine_tuned) == (tmp_path / "new/frozen", tmp_path / "new/fine_tuned")
-    assert run.checkpoints == tmp_path / "new/checkpoints"
-
-
 def test_results_are_a_file_of_metrics_and_one_of_predictions_for_each_model_and_split(tmp_path):
     metrics, predictions = drawn_run(two_classes)
     run = RunDirectory(tmp_path / "new")
@@ -138,22 +94,6 @@ def test_results_are_a_file_of_metrics_and_one_of_predictions_for_each_model_and
     assert {path.name for path in (run.path / "predictions").iterdir()} == names
     rows = pq.read_table(run.path / "predictions/fine_tuned test.parquet").to_pylist()
     assert [row["image_id"] for row in rows] == predictions["fine_tuned"]["test"].image_ids
-
-
-def test_a_checkpoint_keeps_the_weights_and_sorts_by_its_steps(started):
-    model = tiny_model().to(memory_format=torch.channels_last)
-    for steps in (1000, 20):
-        started.keep_checkpoint(model, steps)
-    first, last = sorted(started.checkpoints.iterdir())
-    assert (int(first.stem), int(last.stem)) == (20, 1000)
-    kept = load_file(first)
-    assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_log_that_is_not_there_has_no_lines(started, tmp_path):
-    assert read_log(tmp_path) == []
-    started.log(phase="frozen", l2=0.1)
-    assert started.read_log() == read_log(started.path) == [{"phase": "frozen", "l2": 0.1}]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", ".hidden", "other.txt"])

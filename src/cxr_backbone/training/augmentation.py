@@ -36,7 +36,9 @@ class Augmentation(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, seed: int) -> Tensor:
-        """Images in [0, 1] (batch, 1, height, width) to images in [0, 1], the same for the same `seed`."""
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return self.layers(images).clamp(0, 1)
+        """Images in [0, 1] (batch, 1, height, width) to images in [0, 1], the same for the same `seed`.
+
+        It seeds torch: what a training draws next, for dropout, follows from `seed` too.
+        """
+        torch.manual_seed(seed)
+        return self.layers(images).clamp(0, 1)

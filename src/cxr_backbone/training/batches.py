@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderStateMixin
+from accelerate.utils import send_to_device
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
@@ -21,7 +22,7 @@ from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcess
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 SHUFFLE_BUFFER = 1000  # decoded films of a stream held to draw from: 50 MB at 224 x 224
 
 
@@ -38,11 +39,11 @@ def training_loader(
     films: Dataset | FilmStream, batch_size: int, accelerator: Accelerator, *, seed: int
 ) -> TrainingLoader:
     """Batches of `pixels` uint8 (batch, 1, size, size) and `label`, int64 (batch,) or float32 (batch, findings), on the
-    device. The processes share the films out among themselves."""
+    device, and `image_id`, a list. The processes share the films out among themselves."""
     if isinstance(films, FilmStream):
         return _StreamLoader(films, batch_size, accelerator, seed)
-    rows = films.select_columns(["pixels", "label"])
-    loader = DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=_collate)
+    rows = films.select_columns(["pixels", "label", "image_id"])
+    loader = DataLoader(rows, batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=_collate_named)
     return cast(TrainingLoader, accelerator.prepare(loader))
 
 
@@ -120,7 +121,7 @@ class _StreamLoader(DataLoaderStateMixin):
         share = split_dataset_by_node(films.rows, accelerator.process_index, accelerator.num_processes)
         self.rows = share.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).repeat(None)
         self.loader: DataLoader = DataLoader(
-            self.rows, batch_size=batch_size, collate_fn=_collate, num_workers=films.num_workers
+            self.rows, batch_size=batch_size, collate_fn=_collate_named, num_workers=films.num_workers
         )
         self.steps = len(films) // (batch_size * accelerator.num_processes)
         self.device = accelerator.device
@@ -132,7 +133,7 @@ class _StreamLoader(DataLoaderStateMixin):
         self.begin()
         for step, batch in enumerate(islice(self.loader, self.steps)):
             self.end_of_dataloader = step == self.steps - 1
-            yield {name: tensor.to(self.device) for name, tensor in batch.items()}
+            yield send_to_device(batch, self.device)
         self.end()
         if not self.end_of_dataloader:
             raise RuntimeError("The shards that this process reads hold no film of train; start fewer processes.")
@@ -146,6 +147,10 @@ def _gather_shares(share: Tensor, accelerator: Accelerator) -> Tensor:
     lengths = accelerator.gather(torch.tensor([len(share)], device=accelerator.device)).tolist()
     padded = accelerator.gather(accelerator.pad_across_processes(share, dim=0))
     return torch.cat([part[:length] for part, length in zip(padded.chunk(len(lengths)), lengths, strict=True)]).cpu()
+
+
+def _collate_named(rows: list[dict]) -> Batch:
+    return {**_collate(rows), "image_id": [row["image_id"] for row in rows]}
 
 
 def _collate(rows: list[dict]) -> Batch:

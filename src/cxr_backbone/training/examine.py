@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,8 @@ from cxr_backbone.training.arguments import EvaluationArguments
 from cxr_backbone.training.augmentation import Augmentation
 from cxr_backbone.training.batches import to_images, to_pixel_values
 from cxr_backbone.training.loop import SEEDS_A_RUN, plain_loss, predict
-from cxr_backbone.training.state import RunDirectory
+from cxr_backbone.training.state import RunDirectory, save_model
+from cxr_backbone.weights import open_checkpoint
 
 if TYPE_CHECKING:
     from cxr_backbone.evaluation.saliency import SalientFilm
@@ -49,8 +51,7 @@ class Candidate:
         return self.model.config
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.image_processor.save_pretrained(folder)
+        save_model(folder, self.model, self.image_processor)
 
 
 class Examiner:
@@ -66,10 +67,24 @@ class Examiner:
         self.batch_size, self.seed = batch_size, seed
 
     def load(self, folder: str | Path) -> Candidate:
-        """A saved model, ready to predict."""
-        model = CXRInceptionForImageClassification.from_pretrained(folder).eval()
+        """A saved model, ready to predict.
+
+        Raises:
+            ValueError, OSError: as `weights.open_checkpoint`.
+        """
+        model, image_processor = open_checkpoint(folder, CXRInceptionForImageClassification)
+        model.eval()
         model.to(self.accelerator.device, memory_format=torch.channels_last)
-        return Candidate(model, CXRInceptionImageProcessor.from_pretrained(folder))
+        return Candidate(model, image_processor)
+
+    def restore(
+        self, weights: Path, config: CXRInceptionConfig, image_processor: CXRInceptionImageProcessor
+    ) -> Candidate:
+        """A model of a training as it was at an evaluation (`TrainingRun.save_evaluated`), ready to predict."""
+        model = CXRInceptionForImageClassification(copy.deepcopy(config)).eval()
+        model.load_state_dict(load_file(weights))
+        model.to(self.accelerator.device, memory_format=torch.channels_last)
+        return Candidate(model, image_processor)
 
     def settle(self, candidate: Candidate, validation: Dataset) -> None:
         """Fix the operating points of a model, and before them its temperature unless it has one, in place, by what it
@@ -122,13 +137,13 @@ class Examiner:
     def checkpoint_losses(
         self, folder: Path, candidate: Candidate, splits: Mapping[str, Dataset]
     ) -> list[dict[str, Any]]:
-        """The loss (nats) on each split of each checkpoint of `RunDirectory.keep_checkpoint`, oldest first.
+        """The loss (nats) on each split of each evaluation of a training (`TrainingRun.evaluated`), oldest first.
 
         Args:
             candidate: takes up the weights of each checkpoint in turn, and keeps those of the last.
         """
         lines = []
-        for file in sorted(folder.iterdir()):
+        for file in sorted(folder.glob("*.safetensors")):
             candidate.model.load_state_dict(load_file(file))
             losses = {split: plain_loss(*self._predict(candidate, films)).item() for split, films in splits.items()}
             lines.append({"after_steps": int(file.stem), **losses})
@@ -191,6 +206,12 @@ def is_complete(log: list[dict[str, Any]]) -> bool:
     return bool(evaluated) and evaluated == {line["after_steps"] for line in log if line["phase"] == "checkpoints"}
 
 
+def chosen_evaluation(log: list[dict[str, Any]]) -> int:
+    """After how many steps the validation loss was lowest; the first time, if it was so twice."""
+    lines = [line for line in log if line["phase"] == "fine_tuning" and "after_steps" in line]
+    return min(lines, key=lambda line: line["validation_loss"])["after_steps"]
+
+
 def overfitting(log: list[dict[str, Any]]) -> dict[str, Any]:
     """From a run's log: the losses of each checkpoint, and of the chosen one the gap from train to validation."""
     measured = {line["after_steps"]: line for line in log if line["phase"] == "checkpoints"}
@@ -205,5 +226,5 @@ def overfitting(log: list[dict[str, Any]]) -> dict[str, Any]:
         for line in log
         if line["phase"] == "fine_tuning" and "after_steps" in line
     ]
-    chosen = min(curve, key=lambda line: line["validation"])
+    (chosen,) = [line for line in curve if line["after_steps"] == chosen_evaluation(log)]
     return {"curve": curve, "chosen": chosen["after_steps"], "gap": chosen["validation"] - chosen["train"]}

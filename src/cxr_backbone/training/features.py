@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionModel
+from cxr_backbone.training.atomic import replacing
 from cxr_backbone.training.batches import run_through
 
 
@@ -30,8 +32,10 @@ def extract_features(
     same four reads them back.
     """
     path = cache_dir / f"features-{_fingerprint(backbone, image_processor, accelerator, films)}.safetensors"
-    if path.is_file():
-        stored = load_file(path)
+    # The main process looks for all: were they to see different things, they would wait for each other.
+    has_it = accelerator.is_main_process and path.is_file()
+    (stored,) = broadcast_object_list([load_file(path) if has_it else None])
+    if stored is not None:
         return stored["features"], stored["labels"]
 
     backbone.eval()
@@ -44,10 +48,8 @@ def extract_features(
         desc="features",
     )
     if accelerator.is_main_process:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        save_file({"features": features, "labels": labels}, unfinished)
-        unfinished.replace(path)
+        with replacing(path) as file:
+            save_file({"features": features, "labels": labels}, file)
     accelerator.wait_for_everyone()
     return features, labels
 

@@ -21,7 +21,7 @@ from cxr_backbone.data.sources import check_options, load_films
 from cxr_backbone.data.splits import all_films, complete_splits, permute_labels, repeat_split
 from cxr_backbone.data.streaming import FilmStream, decode_stream
 from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, parse_arguments
-from cxr_backbone.training.hardware import join_processes
+from cxr_backbone.training.hardware import join_processes, main_process_first
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def decode_films(opened: DatasetDict | Stream, data: DataArguments, *, image_siz
     unreadable: dict[str, str] = {}
     settings: dict[str, Any] = {"cache_dir": data.cache_dir, "reduced": data.decoding == "reduced"}
     settings["on_unreadable"] = unreadable.__setitem__ if data.unreadable == "skip" else None
-    with join_processes().main_process_first():
+    with main_process_first():
         if isinstance(opened, Stream):
             folds = {name: getattr(data, name) for name in SPLITTING if getattr(data, name) is not None}
             divide: Callable[[DatasetDict], DatasetDict] = partial(complete_splits, **folds, seed=seed)
@@ -143,7 +143,7 @@ def decode_external(evaluation: EvaluationArguments, config: CXRInceptionConfig)
     options = _options_of_loader(data)
     films = all_films(load_films(data.format, seed=0, image_size=config.image_size, carve=False, **options))
     check_labels(films.features, config, evaluation.external)
-    with join_processes().main_process_first():
+    with main_process_first():
         decoded = decode_once(
             films,
             config.image_size,
@@ -162,7 +162,9 @@ def audit_films(films: Films, data: DataArguments) -> dict[str, Any]:
         ValueError: a patient or a film stands in two splits, and `data.allow_leaks` doesn't say that it may.
     """
     is_main_process = join_processes().is_main_process
-    (report,) = broadcast_object_list([audit(films.splits, films.unreadable) if is_main_process else None])
+    with main_process_first():  # the others wait for as long as it takes
+        report = audit(films.splits, films.unreadable) if is_main_process else {}
+    (report,) = broadcast_object_list([report])
     if is_main_process:
         print(summary(report))
     for kind, sentence in leaks(report).items():

@@ -1,10 +1,17 @@
-"""What the machine is good at: which numbers it multiplies fast, and how many threads it has."""
+"""What the machine is good at: which numbers it multiplies fast, how many threads it has, and who else is at work."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 from accelerate import PartialState
+from torch import distributed
+
+# After which processes that wait for one that hangs give up. (One that dies is found out about in seconds.)
+TIMEOUT = timedelta(minutes=10)
 
 
 def choose_precision(wanted: str) -> str:
@@ -36,10 +43,35 @@ def use_threads(wanted: int | None) -> None:
         torch.set_num_threads(wanted)
 
 
+def use_deterministic_kernels() -> None:
+    """Take GPU kernels that give the same result each time, at the price of speed; where torch has none it stops with
+    an error that names the operation. To be called before anything is computed. On a CPU all kernels are like that."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+
+
 def join_processes() -> PartialState:
     """This process among those that `torchrun` or `accelerate launch` started; to be called before `Accelerator()`.
 
     Without a GPU Accelerate joins processes only if it is told to use the CPU, and else each would train alone.
     """
-    # While the first process decodes a set for hours, the others wait for it; by default they give up after minutes.
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """The first process does the block alone, then the others do it, who find its results in the cache. It may decode a
+    set for hours, so they wait for up to a day."""
+    is_main_process, group = join_processes().is_main_process, _patient_group()
+    if group is not None and not is_main_process:
+        distributed.barrier(group)
+    yield
+    if group is not None and is_main_process:
+        distributed.barrier(group)
+
+
+@cache
+def _patient_group() -> distributed.ProcessGroup | None:
+    if not distributed.is_initialized():
+        return None
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))

@@ -1,13 +1,17 @@
 """The training loop of phase two, and the evaluation pass that both phases share."""
 
 import math
+import time
 from collections.abc import Callable
-from typing import cast
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
@@ -17,9 +21,12 @@ from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcess
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments
 from cxr_backbone.training.augmentation import Augmentation
-from cxr_backbone.training.batches import run_through, to_images, to_pixel_values, training_loader
+from cxr_backbone.training.batches import Batch, run_through, to_images, to_pixel_values, training_loader
+from cxr_backbone.training.interruption import Interruption
+from cxr_backbone.training.nonfinite import NonfiniteError, NonfiniteGuard
+from cxr_backbone.training.state import TrainingRun
 
-SEEDS_A_RUN = 1_000_003  # steps that get an augmentation seed of their own before the next run's seeds begin
+SEEDS_A_RUN = 1_000_003  # batches that get a seed of their own before the next run's seeds begin
 
 
 def predict(
@@ -70,106 +77,232 @@ def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[known], labels[known])
 
 
-def train(
-    model: CXRInceptionForImageClassification,
-    train_films: Dataset | FilmStream,
-    validation_films: Dataset,
-    image_processor: CXRInceptionImageProcessor,
-    accelerator: Accelerator,
-    arguments: FineTuningArguments,
-    optimizer: torch.optim.Optimizer,
-    make_scheduler: Callable[[int], torch.optim.lr_scheduler.LRScheduler],
-    *,
-    seed: int,
-    log: Callable[..., None],
-    save: Callable[[CXRInceptionForImageClassification, int, bool], None],
-) -> None:
-    """Train all weights that ask for gradients, and at each evaluation `save` the averaged model, with the steps it
-    took and whether its validation loss is the lowest so far. It is saved before the first step too: fine-tuning that
-    never helps leaves what it started from.
+@dataclass
+class Progress:
+    """How far a training is.
 
-    Raises:
-        RuntimeError: if a loss is NaN or infinite. What was saved before stays.
+    steps: batches that each process has trained on.
+    lowest: validation loss so far; `evaluations_since` then.
+    losses: of the steps since the last evaluation, means over processes.
+    overflows: steps that fp16's scaler has left out.
     """
-    loader = training_loader(train_films, arguments.batch_size, accelerator, seed=seed)
-    # Copied before `prepare`, which patches the forward method of what it is given.
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
-    averaged = cast(CXRInceptionForImageClassification, average.module)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    steps_per_epoch = len(loader)
-    # `accumulate` steps at an epoch's last batch too, however few came before it.
-    updates = arguments.epochs * math.ceil(steps_per_epoch / arguments.gradient_accumulation_steps)
-    scheduler = make_scheduler(updates)
-    augmentation = Augmentation(arguments.augmentation)
-    evaluate_at = {
-        round(steps_per_epoch * part / arguments.evaluations_per_epoch) - 1
-        for part in range(1, arguments.evaluations_per_epoch + 1)
-    }
-    lowest, evaluations_since = math.inf, 0
-    losses: list[Tensor] = []  # since the last evaluation; kept on the device, so that a step does not wait for them
 
-    def evaluate(steps: int) -> bool:
-        """Look at validation after so many steps; True if training should stop."""
-        nonlocal lowest, evaluations_since
-        logits, labels = predict(
-            averaged, validation_films, image_processor, accelerator, batch_size=arguments.batch_size
-        )
-        loss = plain_loss(logits, labels).item()
-        train_loss = torch.stack(losses).mean().item() if losses else None
-        losses.clear()
-        log(
-            phase="fine_tuning",
-            after_steps=steps,
-            epoch=steps / steps_per_epoch,
-            train_loss=train_loss,
-            validation_loss=loss,
-        )
-        evaluations_since += 1
-        if is_best := loss < lowest:
-            lowest, evaluations_since = loss, 0
-        save(averaged, steps, is_best)
-        return evaluations_since >= arguments.patience
+    steps: int = 0
+    lowest: float = math.inf
+    evaluations_since: int = 0
+    losses: list[float] = field(default_factory=list)
+    overflows: int = 0
 
-    evaluate(0)
-    progress = tqdm(
-        total=arguments.epochs * steps_per_epoch,
-        desc="fine-tuning",
-        disable=None if accelerator.is_main_process else True,
-    )
-    for epoch in range(arguments.epochs):
-        model.train()
-        loader.set_epoch(epoch)
-        for step, batch in enumerate(loader):
-            # Seeded by position, not by history: a resumed run draws the same changes.
-            position = epoch * steps_per_epoch + step
-            images = augmentation(
-                to_images(batch["pixels"]),
-                seed=(seed * SEEDS_A_RUN + position) * accelerator.num_processes + accelerator.process_index,
+
+class Trainer:
+    """Phase two's loop: all weights that ask for gradients are trained, and at each evaluation the averaged model is
+    kept, in `run.evaluated`, and in `run.fine_tuned` if its validation loss is the lowest so far. That of the start is
+    one of them: fine-tuning that never helps leaves what it started from.
+
+    Every few minutes and before each evaluation its state goes to `run.save_state`, and a training that takes up such a
+    state ends in the same weights as one that was never stopped. So nothing random hangs on what came before: order,
+    augmentation and dropout of a batch follow from the seed and from the batch's number.
+    """
+
+    def __init__(
+        self,
+        model: CXRInceptionForImageClassification,
+        train_films: Dataset | FilmStream,
+        validation_films: Dataset,
+        image_processor: CXRInceptionImageProcessor,
+        accelerator: Accelerator,
+        arguments: FineTuningArguments,
+        optimizer: torch.optim.Optimizer,
+        make_scheduler: Callable[[int], torch.optim.lr_scheduler.LRScheduler],
+        *,
+        run: TrainingRun,
+        interruption: Interruption,
+    ):
+        """`make_scheduler` takes the number of updates that the whole training makes."""
+        self.validation_films, self.image_processor = validation_films, image_processor
+        self.accelerator, self.arguments, self.run, self.interruption = accelerator, arguments, run, interruption
+        self.settings = run.arguments.run
+        self.loader = training_loader(train_films, arguments.batch_size, accelerator, seed=self.settings.seed)
+        _take_from_main_process(model, accelerator)
+        # Copied before `prepare`, which patches the forward method of what it is given.
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
+        self.averaged = cast(CXRInceptionForImageClassification, self.average.module)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.steps_per_epoch = len(self.loader)
+        # `accumulate` updates at an epoch's last batch too, however few came before it.
+        updates = arguments.epochs * math.ceil(self.steps_per_epoch / arguments.gradient_accumulation_steps)
+        self.scheduler = make_scheduler(updates)
+        self.augmentation = Augmentation(arguments.augmentation)
+        self.guard = NonfiniteGuard(self.model, accelerator, arguments.nonfinite, run)
+        self.progress = Progress()
+        an_epoch = arguments.evaluations_per_epoch
+        self.evaluated_after = {round(self.steps_per_epoch * part / an_epoch) for part in range(1, an_epoch + 1)}
+        self.unlogged: list[Tensor] = []  # losses on the device, so that a step does not wait for them
+        self.saved_at: tuple[int, float] = (-1, time.monotonic())  # steps and time of the last state
+
+    def train(self, state: dict[str, Any] | None = None) -> None:
+        """Train to the end, from a state of `run.newest_state` if there is one.
+
+        Raises:
+            NonfiniteError: as `NonfiniteGuard`, or for a validation loss. What was saved before stays.
+        """
+        if state is not None:
+            self._take_up(state)
+        with self.interruption.deferred():
+            self._train()
+        if self.interruption.is_asked:  # during the last evaluation; all that is left is to measure
+            self.interruption.exit()
+
+    def _train(self) -> None:
+        progress, epochs = self.progress, self.arguments.epochs
+        if self._is_to_be_evaluated() and self._evaluate():
+            return
+        disable = None if self.accelerator.is_main_process else True
+        total = epochs * self.steps_per_epoch
+        with tqdm(total=total, initial=progress.steps, desc="fine-tuning", disable=disable) as bar:
+            for epoch in range(progress.steps // self.steps_per_epoch, epochs):
+                self.model.train()
+                self.loader.set_epoch(epoch)
+                for batch in islice(self.loader, progress.steps - epoch * self.steps_per_epoch, None):
+                    self._step(batch)
+                    bar.update()
+                    if self._is_to_be_evaluated() and self._evaluate():
+                        return
+
+    def _step(self, batch: Batch) -> None:
+        # The number of the batch among those of all processes: one process that accumulates gradients over two batches
+        # draws what two processes draw.
+        number = self.progress.steps * self.accelerator.num_processes + self.accelerator.process_index
+        images = self.augmentation(to_images(batch["pixels"]), seed=self.settings.seed * SEEDS_A_RUN + number)
+        with self.accelerator.accumulate(self.model):
+            loss = self.model(to_pixel_values(images, self.image_processor), labels=batch["label"]).loss
+            self.accelerator.backward(loss)
+            self.unlogged.append(loss.detach())
+            self.guard.watch(loss.detach(), batch["image_id"])
+            self.progress.steps += 1
+            if self.accelerator.sync_gradients:
+                self._update()
+
+    def _update(self) -> None:
+        """One step of the optimizer; then the state is saved if it is time to, or to stop."""
+        accelerator, progress = self.accelerator, self.progress
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+        since = time.monotonic() - self.saved_at[1]
+        is_time = accelerator.is_main_process and since >= 60 * self.settings.save_minutes
+        bad_loss, bad_gradient, is_time, is_asked = self._any_process(
+            ~self.guard.losses().isfinite().all(), ~norm.isfinite(), is_time, self.interruption.is_asked
+        )
+        # A gradient that is too large for fp16 is normal: its scaler leaves this step out and scales less from then on.
+        is_overflow = accelerator.scaler is not None and not bad_loss and bad_gradient
+        is_bad = bad_loss or (bad_gradient and not is_overflow)
+        progress.overflows += is_overflow
+        if is_bad:
+            self._log_steps()
+            self.guard.react(progress.steps - 1, norm)
+        if not is_bad or accelerator.scaler is not None:
+            self.optimizer.step()
+        if not is_bad and not is_overflow:
+            self.scheduler.step()
+            self.average.update_parameters(accelerator.unwrap_model(self.model))
+        self.optimizer.zero_grad()
+        self.guard.forget(is_skipped=is_bad)
+        if is_time or is_asked:
+            self._save_state()
+        if is_asked:
+            self._exit()
+
+    def _is_to_be_evaluated(self) -> bool:
+        steps = self.progress.steps
+        return steps == 0 or (steps - 1) % self.steps_per_epoch + 1 in self.evaluated_after
+
+    def _evaluate(self) -> bool:
+        """Look at validation, and keep the averaged model; True if training should stop."""
+        progress, run = self.progress, self.run
+        self._save_state()
+        if self._any_process(self.interruption.is_asked)[0] and self.saved_at[0] == progress.steps:
+            self._exit()  # rather than look at all of validation first
+        self._log_steps()
+        _take_from_main_process(self.averaged, self.accelerator)  # statistics of BatchNorm, of which each has its own
+        with self.interruption.deferred(False):  # there is nothing to save meanwhile
+            logits, labels = predict(
+                self.averaged,
+                self.validation_films,
+                self.image_processor,
+                self.accelerator,
+                batch_size=self.arguments.batch_size,
             )
-            with accelerator.accumulate(model):
-                loss = model(to_pixel_values(images, image_processor), labels=batch["label"]).loss
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), arguments.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                scheduler.step()
-                average.update_parameters(accelerator.unwrap_model(model))
-            losses.append(loss.detach())
-            progress.update()
-            if step in evaluate_at:
-                _log_steps(losses, position, log, accelerator)
-                if evaluate(position + 1):
-                    progress.close()
-                    return
-    progress.close()
-
-
-def _log_steps(losses: list[Tensor], last: int, log: Callable[..., None], accelerator: Accelerator) -> None:
-    """One line a step since the last evaluation; the loss is the mean over processes."""
-    means = accelerator.reduce(torch.stack(losses), reduction="mean").tolist()
-    for step, loss in enumerate(means, start=last - len(means) + 1):
-        log(phase="fine_tuning", step=step, train_loss=loss)
+        loss = plain_loss(logits, labels).item()
         if not math.isfinite(loss):
-            raise RuntimeError(f"The training loss is {loss} at step {step}; try a lower fine_tuning.learning_rate.")
+            raise NonfiniteError(f"The validation loss is {loss} after {progress.steps} steps of fine-tuning.")
+        finite = [loss for loss in progress.losses if math.isfinite(loss)]
+        counts = {"skipped": self.guard.skipped, "overflows": progress.overflows}
+        run.log(
+            phase="fine_tuning",
+            after_steps=progress.steps,
+            epoch=progress.steps / self.steps_per_epoch,
+            train_loss=sum(finite) / len(finite) if finite else None,
+            validation_loss=loss,
+            **{name: count for name, count in counts.items() if count},
+        )
+        progress.losses.clear()
+        progress.evaluations_since += 1
+        run.save_evaluated(self.averaged, progress.steps)
+        if loss < progress.lowest:
+            progress.lowest, progress.evaluations_since = loss, 0
+            run.save_model(run.fine_tuned, self.averaged, self.image_processor)
+        return progress.evaluations_since >= self.arguments.patience
+
+    def _log_steps(self) -> None:
+        """One line for each step that has none yet; the loss is the mean over processes."""
+        if not self.unlogged:
+            return
+        means = self.accelerator.reduce(torch.stack(self.unlogged), reduction="mean").tolist()
+        self.unlogged.clear()
+        for step, loss in enumerate(means, start=self.progress.steps - len(means)):
+            self.run.log(phase="fine_tuning", step=step, train_loss=loss)
+        self.progress.losses += means
+
+    def _save_state(self) -> None:
+        """(Between two updates there is a gradient that no state holds.)"""
+        if self.saved_at[0] == self.progress.steps or not self.accelerator.sync_gradients:
+            return
+        self._log_steps()
+        scaler = self.accelerator.scaler
+        state = {
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+            "progress": asdict(self.progress),
+            "skipped": (self.guard.skipped, self.guard.skipped_in_a_row),
+        }
+        self.run.save_state(state)
+        self.saved_at = (self.progress.steps, time.monotonic())
+
+    def _exit(self) -> None:
+        self.accelerator.wait_for_everyone()  # the first to end takes the others with it, who may be writing still
+        self.interruption.exit(f" after step {self.progress.steps}, which is saved")
+
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.accelerator.unwrap_model(self.model).load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.guard.forget()  # (it counts from 0 again)
+        self.guard.skipped, self.guard.skipped_in_a_row = state["skipped"]
+        self.saved_at = (self.progress.steps, time.monotonic())
+
+    def _any_process(self, *flags: Tensor | bool) -> list[bool]:
+        """For each flag, whether any process has it set."""
+        numbers = torch.stack([torch.as_tensor(flag, device=self.accelerator.device).float() for flag in flags])
+        return [number > 0 for number in self.accelerator.reduce(numbers).tolist()]
+
+
+def _take_from_main_process(model: nn.Module, accelerator: Accelerator) -> None:
+    if accelerator.num_processes > 1:
+        for tensor in model.state_dict().values():
+            broadcast(tensor)

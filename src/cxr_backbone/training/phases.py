@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +16,10 @@ from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
-from cxr_backbone.training.loop import plain_loss, train
+from cxr_backbone.training.interruption import Interruption
+from cxr_backbone.training.loop import Trainer, plain_loss
+from cxr_backbone.training.nonfinite import NonfiniteError
+from cxr_backbone.training.state import TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ def fit_head(
     Args:
         train_features, validation_features: (images, 2048).
         train_labels, validation_labels: as `CXRInceptionForImageClassification` takes them.
+
+    Raises:
+        NonfiniteError: no strength has a validation loss that is a number.
     """
     # Centred and divided by one number for all features. A scale for each would blow up those that hardly vary: a head
     # that leans on them is worse on validation, and falls over as soon as fine-tuning moves the backbone.
@@ -66,6 +73,8 @@ def fit_head(
         )
         if validation_loss < best_loss:
             best_loss, best_head, best_strength = validation_loss, copy.deepcopy(head), strength
+    if not math.isfinite(best_loss):
+        raise NonfiniteError("The validation loss of the frozen phase is no number at any of frozen.l2_strengths.")
     if len(arguments.l2_strengths) > 1 and best_strength in (
         min(arguments.l2_strengths),
         max(arguments.l2_strengths),
@@ -90,12 +99,18 @@ def fine_tune(
     accelerator: Accelerator,
     arguments: FineTuningArguments,
     *,
-    seed: int,
-    log: Callable[..., None],
-    save: Callable[[CXRInceptionForImageClassification, int, bool], None],
+    run: TrainingRun,
+    interruption: Interruption,
+    state: dict[str, Any] | None = None,
 ) -> None:
-    """Phase two: train the whole network, lower stages at lower rates; `save` is called as `loop.train` says."""
+    """Phase two: train the whole network, lower stages at lower rates, as `loop.Trainer` says.
+
+    Args:
+        state: of `run.newest_state`, to go on from.
+    """
     model.unfreeze_backbone()
+    if arguments.sync_batch_norm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -104,7 +119,7 @@ def fine_tune(
     def make_scheduler(updates: int):
         return get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup_ratio * updates), updates)
 
-    train(
+    trainer = Trainer(
         model,
         train_films,
         validation_films,
@@ -113,10 +128,10 @@ def fine_tune(
         arguments,
         optimizer,
         make_scheduler,
-        seed=seed,
-        log=log,
-        save=save,
+        run=run,
+        interruption=interruption,
     )
+    trainer.train(state)
 
 
 def parameter_groups(model: CXRInceptionForImageClassification, arguments: FineTuningArguments) -> list[dict]:
