@@ -383,9 +383,8 @@ def _running_statistics_kept(model: nn.Module):
     # With momentum 0, BatchNorm in train mode still normalises by the batch but leaves its statistics as they are.
     layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     kept = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    counter = torch.zeros((), dtype=torch.long)  # that nobody reads; SyncBatchNorm does not do without one
-    for layer in layers:
-        layer.momentum, layer.num_batches_tracked = 0.0, counter
+    for layer in layers:  # (SyncBatchNorm does not do without a count, though nobody reads it)
+        layer.momentum, layer.num_batches_tracked = 0.0, torch.tensor(0)
     try:
         yield
     finally:

@@ -164,7 +164,8 @@ def load(machine, sources, film, environment, backbone="Backbone"):
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
-        assert found[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+        # Another process may run other kernels: where weights lie in memory decides, and the processor's maker.
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
 
 # By id, by revision, from the cache, from a folder
