@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
 from cxr_backbone.data.decoding import stack_pixels
-from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer
+from cxr_backbone.layers_cxr_inception import CXRInceptionConvLayer
 from cxr_backbone.training.arguments import (
     Arguments,
     DataArguments,

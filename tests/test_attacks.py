@@ -135,7 +135,7 @@ def test_code_beside_the_weights_is_not_run(checkpoint, marker, read):
     files = list(checkpoint.glob("*.py"))
     for file in files:
         file.write_text(f"open({str(marker)!r}, 'w')\n")
-    assert len(files) == 3 and "auto_map" in json.loads((checkpoint / "config.json").read_text())
+    assert len(files) == 4 and "auto_map" in json.loads((checkpoint / "config.json").read_text())
     read(checkpoint)
 
 

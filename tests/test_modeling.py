@@ -297,7 +297,7 @@ def test_a_saved_model_is_exact_in_every_tensor_and_brings_its_code(tmp_path):
     model.save_pretrained(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {
         *("config.json", "model.safetensors", "configuration_cxr_inception.py"),
-        *("modeling_cxr_inception.py", "image_processing_cxr_inception.py"),
+        *("layers_cxr_inception.py", "modeling_cxr_inception.py", "image_processing_cxr_inception.py"),
     }
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert isinstance(loaded, CXRInceptionForImageClassification)

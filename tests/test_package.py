@@ -38,7 +38,8 @@ def test_it_holds_the_model_and_what_can_be_known_of_it_and_nothing_else_of_the_
     assert folder == run.path / "hub"
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
         *("model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "input_contract.json"),
-        *("configuration_cxr_inception.py", "modeling_cxr_inception.py", "image_processing_cxr_inception.py"),
+        *("configuration_cxr_inception.py", "layers_cxr_inception.py", "modeling_cxr_inception.py"),
+        "image_processing_cxr_inception.py",
         *("README.md", "LICENSE", "figures/roc.png"),
     }
     assert (folder / "metrics.json").read_text() == (run.path / "metrics.json").read_text()
@@ -55,7 +56,7 @@ def test_made_again_it_holds_nothing_of_before(run):
     "name",
     [
         *("metrics.json", "audit.json", "fine_tuned/model.safetensors", "fine_tuned/preprocessor_config.json"),
-        "fine_tuned/modeling_cxr_inception.py",
+        *("fine_tuned/modeling_cxr_inception.py", "fine_tuned/layers_cxr_inception.py"),
     ],
 )
 def test_a_run_without_a_file_is_refused_by_its_name(run, name):

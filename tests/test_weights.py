@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionModel
 from cxr_backbone.data.synthetic import draw_phantom
-from cxr_backbone.modeling_cxr_inception import CXRInceptionConvLayer
+from cxr_backbone.layers_cxr_inception import CXRInceptionConvLayer
 from cxr_backbone.weights import CONV_NAMES, load_inception_v3
 
 REFERENCES = Path(__file__).parent / "references"

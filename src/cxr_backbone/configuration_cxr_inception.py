@@ -1,7 +1,7 @@
 """Configuration of CXRInception, an Inception V3 for chest X-rays.
 
-This file and its two siblings (`modeling_…`, `image_processing_…`) are copied to the Hub beside the weights and run
-there on their own, so they import nothing of this package but each other.
+This file and its siblings (`layers_…`, `modeling_…`, `image_processing_…`) are copied to the Hub beside the weights and
+run there on their own, so they import nothing of this package but each other.
 """
 
 import difflib
@@ -236,7 +236,7 @@ def _refuse_unknown_keys(keys, allowed: set[str]) -> None:
             raise ValueError(f"CXRInceptionConfig has no key {key!r}; {hint}")
 
 
-# The architecture at full width, as tables of layers. `modeling_cxr_inception` builds what they say.
+# The architecture at full width, as tables of layers. `layers_cxr_inception` builds what they say.
 
 
 class Conv(NamedTuple):

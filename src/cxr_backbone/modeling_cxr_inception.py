@@ -1,10 +1,7 @@
-"""CXRInception: Inception V3 for X-rays (Szegedy et al. 2016, "Rethinking the Inception Architecture").
+"""CXRInception: Inception V3 for X-rays, as a backbone, with global pooling and with a classification head. What it is
+built of is in `layers_…`."""
 
-`STAGES`, beside the configuration, is the network as a table: a stage is a sequence of layers, a block is branches run
-side by side and concatenated, a branch is again a sequence. Parameter names follow that table; `cxr_backbone.weights`
-maps them to those of timm, torchvision and Keras.
-"""
-
+import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -15,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPoolingAndNoAttention,
@@ -23,112 +19,19 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_cxr_inception import SMALLEST_IMAGE, STAGES, AvgPool, Block, Conv, CXRInceptionConfig
+from .configuration_cxr_inception import SMALLEST_IMAGE, CXRInceptionConfig
 
-# Not used here, but `save_pretrained` copies the files that this one imports, and the Hub needs all three.
+# Not used here, but `save_pretrained` copies the files that this one imports, and the Hub needs all of them.
 from .image_processing_cxr_inception import CXRInceptionImageProcessor  # noqa: F401
+from .layers_cxr_inception import (
+    CXRInceptionAuxiliaryHead,
+    CXRInceptionConvLayer,
+    CXRInceptionEncoder,
+    CXRInceptionHead,
+    CXRInceptionStage,
+)
 
-
-class CXRInceptionConvLayer(nn.Module):
-    def __init__(self, config: CXRInceptionConfig, in_channels: int, spec: Conv):
-        super().__init__()
-        height, width = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
-        self.convolution = nn.Conv2d(
-            in_channels,
-            config.scale_width(spec.channels),
-            kernel_size=(height, width),
-            stride=spec.stride,
-            padding=(height // 2, width // 2) if spec.same else 0,
-            bias=False,
-        )
-        self.normalization = nn.BatchNorm2d(self.convolution.out_channels, eps=config.batch_norm_eps)
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        return F.relu(self.normalization(self.convolution(hidden_state)), inplace=True)
-
-
-class CXRInceptionBlock(nn.Module):
-    def __init__(self, config: CXRInceptionConfig, in_channels: int, spec: Block):
-        super().__init__()
-        built = [build_sequence(config, in_channels, branch) for branch in spec.branches]
-        self.branches = nn.ModuleList(branch for branch, _ in built)
-        self.out_channels = sum(channels for _, channels in built)
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        return torch.cat([branch(hidden_state) for branch in self.branches], dim=1)
-
-
-class CXRInceptionStage(GradientCheckpointingLayer):
-    """A run of layers at one resolution: what is frozen, unfrozen and handed out as a feature map."""
-
-    def __init__(self, config: CXRInceptionConfig, in_channels: int, specs: tuple):
-        super().__init__()
-        self.layers, self.out_channels = build_sequence(config, in_channels, specs)
-        self.frozen = False
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        return self.layers(hidden_state)
-
-    def train(self, mode: bool = True) -> "CXRInceptionStage":
-        # A frozen stage stays in eval mode: in train mode BatchNorm would move its statistics, gradients or not.
-        return super().train(mode and not self.frozen)
-
-    def set_frozen(self, frozen: bool, training: bool) -> None:
-        self.frozen = frozen
-        self.requires_grad_(not frozen)
-        self.train(training)
-
-
-class CXRInceptionEncoder(nn.Module):
-    def __init__(self, config: CXRInceptionConfig):
-        super().__init__()
-        self.stages = nn.ModuleDict()
-        channels = config.num_channels
-        for name, specs in STAGES.items():
-            stage = CXRInceptionStage(config, channels, specs)
-            self.stages[name] = stage
-            channels = stage.out_channels
-
-    def forward(self, hidden_state: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of the five stages."""
-        hidden_states = []
-        for stage in self.stages.values():
-            hidden_state = stage(hidden_state)
-            hidden_states.append(hidden_state)
-        return tuple(hidden_states)
-
-
-class CXRInceptionHead(nn.Module):
-    """Pooled features to logits: dropout and a linear layer, after the hidden layers that the config asks for."""
-
-    def __init__(self, config: CXRInceptionConfig, in_features: int):
-        super().__init__()
-        layers: list[nn.Module] = []
-        for size in config.head_hidden_sizes:
-            layers += [nn.Dropout(config.dropout), nn.Linear(in_features, size), nn.ReLU()]
-            in_features = size
-        self.hidden_layers = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(config.dropout)
-        self.output_layer = nn.Linear(in_features, config.num_labels)
-
-    def forward(self, pooled_features: Tensor) -> Tensor:
-        return self.output_layer(self.dropout(self.hidden_layers(pooled_features)))
-
-
-class CXRInceptionAuxiliaryHead(nn.Module):
-    """The paper's side head on stage 3. Adaptive pooling to 5 x 5 lets it take any image size."""
-
-    def __init__(self, config: CXRInceptionConfig, in_channels: int):
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(5)
-        self.layers, channels = build_sequence(config, in_channels, (Conv(128), Conv(768, 5, same=False)))
-        self.output_layer = nn.Linear(channels, config.num_labels)
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        hidden_state = self.layers(self.pool(hidden_state))  # (batch, channels, 1, 1)
-        return self.output_layer(hidden_state.flatten(1))
-
-
+PIXELS_AT_ONCE = 8 * 299 * 299  # of a fused copy on a CPU; see benchmarks/README.md
 # What a backbone leaves behind when it is loaded from a checkpoint with a head, without a warning.
 HEAD_KEYS = [r"^classifier\.", r"^auxiliary_classifier\."]
 
@@ -164,6 +67,31 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
         for stage in self._stages()[first:]:
             stage.set_frozen(False, training=self.training)
 
+    def fuse(self) -> "CXRInceptionPreTrainedModel":
+        """A copy for inference: BatchNorm is folded into the convolutions, memory is laid out channels last, and a CPU
+        takes large batches in pieces that its cache holds.
+
+        Outputs are the same to 1e-4 of their size. The copy can neither be trained nor saved; cast it as you like
+        (`model.fuse().to(torch.bfloat16)`).
+        """
+        fused = copy.deepcopy(self).eval().requires_grad_(False).float()  # 16 bits are too few to fold with
+        for module in fused.modules():
+            if isinstance(module, CXRInceptionConvLayer):
+                module.fuse()
+            elif isinstance(module, CXRInceptionEncoder):
+                module.pixels_at_once = PIXELS_AT_ONCE
+        return fused.to(self.dtype).to(memory_format=torch.channels_last)
+
+    def train(self, mode: bool = True):
+        if mode and self._is_fused:
+            raise ValueError("This copy was made by fuse() and has no BatchNorm to train with; train the original.")
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs):
+        if self._is_fused:
+            raise ValueError("This copy was made by fuse() and can't be opened again; save the original.")
+        return super().save_pretrained(*args, **kwargs)
+
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, *args, **kwargs) -> None:
         # Checkpointing runs each stage forward twice a step, and plain BatchNorm would move its statistics both times.
         if enable:
@@ -181,6 +109,10 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def _is_fused(self) -> bool:
+        return any(isinstance(module, CXRInceptionEncoder) and module.pixels_at_once for module in self.modules())
 
     def _stages(self) -> list[CXRInceptionStage]:
         """From the stem up."""
@@ -231,7 +163,7 @@ class CXRInceptionModel(CXRInceptionPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = self.encoder(self._check_pixel_values(pixel_values))
+        hidden_states = self.encoder(self._check_pixel_values(pixel_values), every_stage=bool(output_hidden_states))
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=hidden_states[-1],
             pooler_output=hidden_states[-1].mean(dim=(2, 3)),
@@ -336,24 +268,6 @@ class CXRInceptionBackbone(BackboneMixin, CXRInceptionPreTrainedModel):
             feature_maps=tuple(hidden_states[index] for index in self.out_indices),
             hidden_states=hidden_states,
         )
-
-
-def build_sequence(config: CXRInceptionConfig, in_channels: int, specs: tuple) -> tuple[nn.Sequential, int]:
-    """The layers that `specs` describe, run one after the other, and the number of channels they end with."""
-    layers: list[nn.Module] = []
-    for spec in specs:
-        if isinstance(spec, Conv):
-            layers.append(CXRInceptionConvLayer(config, in_channels, spec))
-            in_channels = config.scale_width(spec.channels)
-        elif isinstance(spec, Block):
-            block = CXRInceptionBlock(config, in_channels, spec)
-            layers.append(block)
-            in_channels = block.out_channels
-        elif isinstance(spec, AvgPool):
-            layers.append(nn.AvgPool2d(3, 1, padding=1, count_include_pad=config.avg_pool_count_include_pad))
-        else:
-            layers.append(nn.MaxPool2d(3, 2))
-    return nn.Sequential(*layers), in_channels
 
 
 def _single_label_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:

@@ -18,11 +18,8 @@ from torch import Tensor
 
 from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
-from cxr_backbone.modeling_cxr_inception import (
-    CXRInceptionConvLayer,
-    CXRInceptionModel,
-    CXRInceptionPreTrainedModel,
-)
+from cxr_backbone.layers_cxr_inception import CXRInceptionConvLayer
+from cxr_backbone.modeling_cxr_inception import CXRInceptionModel, CXRInceptionPreTrainedModel
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std, one value or one a channel
 AnyModel = TypeVar("AnyModel", bound=CXRInceptionPreTrainedModel)

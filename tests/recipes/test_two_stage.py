@@ -60,7 +60,8 @@ def test_the_run_directory_is_complete(run):
     for phase in ("frozen", "fine_tuned"):
         assert {path.name for path in (run.path / phase).iterdir()} >= {
             *("config.json", "model.safetensors", "preprocessor_config.json"),
-            *("configuration_cxr_inception.py", "modeling_cxr_inception.py", "image_processing_cxr_inception.py"),
+            *("configuration_cxr_inception.py", "layers_cxr_inception.py", "modeling_cxr_inception.py"),
+            "image_processing_cxr_inception.py",
         }
 
 
