@@ -9,6 +9,7 @@ Stopped at any moment, the same command goes on from the last checkpoint and end
 import logging
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from cxr_backbone.hub import check_push_access, check_repo_id, publish
 from cxr_backbone.package import assemble, check_worth_publishing
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.examine import Candidate, Examiner, chosen_evaluation
-from cxr_backbone.training.features import extract_features
+from cxr_backbone.training.features import View, extract_features
 from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
 from cxr_backbone.training.hardware import choose_precision, join_processes, use_deterministic_kernels, use_threads
 from cxr_backbone.training.interruption import Interruption
@@ -73,18 +74,18 @@ def train(run, films, external, model, image_processor, accelerator, interruptio
     if state is None:
         with run.timed("frozen"):
             model.freeze_backbone()
-            of_train, of_validation = (
-                extract_features(
-                    model.cxr_inception,
-                    rows,
-                    image_processor,
-                    accelerator,
-                    batch_size=batch_size,
-                    cache_dir=run.path / "features",
-                )
-                for rows in (films.train, validation)
+            extract = partial(
+                extract_features,
+                backbone=model.cxr_inception,
+                image_processor=image_processor,
+                accelerator=accelerator,
+                batch_size=batch_size,
+                cache_dir=run.path / "features",
             )
-            fit_head(model, *of_train, *of_validation, arguments.frozen, run.log)
+            strength, seed = arguments.fine_tuning.augmentation, arguments.run.seed
+            views = [None, *(View(number, strength, seed) for number in range(arguments.frozen.augmented_views))]
+            of_train = [extract(films=films.train, view=view) for view in views]
+            fit_head(model, of_train, extract(films=validation), arguments.frozen, run.log)
             run.save_model(run.frozen, model, image_processor)
 
     # Phase two: all weights, lower stages at lower rates; the best by validation loss is kept.

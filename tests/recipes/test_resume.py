@@ -20,7 +20,7 @@ from killing import Starter
 
 KILLS = int(os.environ.get("CXR_KILLS", "8"))
 # Narrow and short, but with everything that has a state: momentum, schedule, moving average, augmentation, dropout,
-# several evaluations of which one in the middle is best, and a checkpoint after each step.
+# several evaluations of which the last is not the best, and a checkpoint after each step.
 TINY = [
     "recipes/configs/sample.yaml",
     *("--data.num_patients", "40"),
@@ -107,7 +107,7 @@ def stage(run):
 
 def test_the_run_is_one_that_shows_whether_it_went_on_rightly(run_whole):
     losses = [line["validation_loss"] for line in evaluations(run_whole)]
-    assert len(losses) == 5 and 0 < losses.index(min(losses)) < 4
+    assert len(losses) == 5 and losses[-1] > min(losses) + 0.1  # a run that forgot the lowest would keep another
     assert len(outcome(run_whole)[1]) > 8
 
 

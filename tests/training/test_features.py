@@ -1,5 +1,10 @@
 """Phase one's single pass: each film's features once, in order, kept under a name that says what they come from."""
 
+import itertools
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -7,7 +12,7 @@ from accelerate import Accelerator
 from cxr_backbone import CXRInceptionConfig, CXRInceptionImageProcessor, CXRInceptionModel
 from cxr_backbone.data.decoding import decode_once
 from cxr_backbone.data.synthetic import load_synthetic
-from cxr_backbone.training.features import extract_features
+from cxr_backbone.training.features import View, extract_features
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +71,20 @@ def test_features_carry_no_graph(extract):
     assert not extract()[0].requires_grad
 
 
-def test_a_second_call_reads_the_file(extract, backbone, tmp_path, monkeypatch):
+def test_a_second_call_reads_the_files(extract, backbone, tmp_path, monkeypatch):
     first = extract()
-    (file,) = tmp_path.iterdir()
+    files = sorted(tmp_path.iterdir())
+    assert [file.name.partition("-")[0] for file in files] == ["features", "labels"]
     monkeypatch.setattr(backbone, "forward", None)  # a second pass would fail
-    for again, before in zip(extract(), first, strict=True):
-        assert torch.equal(again, before)
-    assert list(tmp_path.iterdir()) == [file]
+    assert same(extract(), first)
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_features_are_mapped_and_what_is_made_of_them_in_memory_does_not_reach_the_file(extract, tmp_path):
+    features, _ = extract()
+    assert any(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+    features.zero_()
+    assert extract()[0].abs().sum() > 0
 
 
 def other_weights(backbone, rows, image_processor):
@@ -113,23 +125,64 @@ def test_whatever_changes_the_features_gives_a_file_of_its_own(
 ):
     first, _ = extract()
     changed, _ = extract(**change(backbone, rows, image_processor))
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("features-*.npy"))) == 2
     assert changed.shape != first.shape or not torch.equal(changed, first)
 
 
-def test_a_pass_that_breaks_off_leaves_no_file(extract, backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr(backbone, "forward", None)
-    with pytest.raises(TypeError):
+def test_a_pass_that_is_stopped_goes_on_after_its_last_whole_batch(extract, rows, tmp_path):
+    expected = extract()
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(KeyboardInterrupt), forward_passes(limit=2):
         extract()
-    assert list(tmp_path.iterdir()) == []
+    (part,) = tmp_path.iterdir()
+    with part.open("ab") as file:
+        file.write(b"a part of the third batch")
+    with forward_passes() as passes:
+        again = extract()
+    assert same(again, expected)
+    assert len(passes) == math.ceil(len(rows) / 4) - 2 and not part.exists()
 
 
 def test_what_a_pass_that_was_killed_left_is_not_read(extract, tmp_path):
     expected = extract()
-    (file,) = tmp_path.iterdir()
-    half = file.read_bytes()[:1000]
-    file.unlink()
-    file.with_name(file.name + ".unfinished").write_bytes(half)
-    for again, before in zip(extract(), expected, strict=True):
-        assert torch.equal(again, before)
-    assert list(tmp_path.iterdir()) == [file]
+    for file in tmp_path.iterdir():
+        half = file.read_bytes()[:1000]
+        file.unlink()
+        file.with_name(file.name + ".unfinished").write_bytes(half)
+    assert same(extract(), expected)
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_augmented_view_is_the_same_each_time_and_like_no_other(extract, tmp_path):
+    plain, labels = extract()
+    first, second, weaker, reseeded = (
+        extract(view=view)[0] for view in (View(0, 1.0, 7), View(1, 1.0, 7), View(0, 0.5, 7), View(0, 1.0, 8))
+    )
+    for one, other in itertools.combinations((plain, first, second, weaker, reseeded), 2):
+        assert not torch.isclose(one, other).all(dim=1).any()  # no film looks the same
+    for file in tmp_path.iterdir():
+        file.unlink()
+    with pytest.raises(KeyboardInterrupt), forward_passes(limit=2):
+        extract(view=View(0, 1.0, 7))
+    again, its_labels = extract(view=View(0, 1.0, 7))
+    assert torch.equal(again, first) and torch.equal(its_labels, labels)
+
+
+def same(found, expected):
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@contextmanager
+def forward_passes(limit=math.inf):
+    """The batches that a backbone is asked about meanwhile; one more than `limit`, and it is as if Ctrl-C came."""
+    passes = []
+
+    def count(module, inputs):
+        if isinstance(module, CXRInceptionModel):
+            if len(passes) == limit:
+                raise KeyboardInterrupt
+            passes.append(inputs)
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(count):
+        yield passes

@@ -85,6 +85,7 @@ def test_the_head_is_asked_in_full_precision_whatever_the_backbone_runs_in(phant
     half = SimpleNamespace(
         autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16),
         device=torch.device("cpu"),
+        mixed_precision="bf16",
         **{"num_processes": 1, "process_index": 0, "is_main_process": True},
         **{"gather": lambda tensor: tensor, "pad_across_processes": lambda tensor, dim: tensor},
     )

@@ -82,6 +82,37 @@ def test_what_was_saved_before_the_stop_is_whole(films, tmp_path, poison):
     assert tuning.train().evaluations[-1]["after_steps"] == 10
 
 
+@pytest.fixture
+def read_late(monkeypatch):
+    """As on a GPU: what a step has seen is read at the next one, so that no step waits for it."""
+    always = property(lambda self: True, lambda self, value: None)
+    return lambda: monkeypatch.setattr(loop.Trainer, "reads_late", always, raising=False)
+
+
+@pytest.mark.parametrize("save_minutes", [0.0, 100.0])
+@pytest.mark.parametrize("step", [6, 7])
+def test_read_late_it_is_found_a_step_later_but_before_a_state_is_saved(
+    films, tmp_path, poison, read_late, step, save_minutes
+):
+    read_late()
+    poison([step])
+    tuning = Tuning(tmp_path, films, save_minutes=save_minutes)
+    with pytest.raises(NonfiniteError, match=f"At step {step} the loss is nan"):
+        tuning.train()
+    (batch,) = noted(tuning)[step]["batches"]
+    assert batch["image_ids"] == list(batches_of(tuning))[step]
+    assert tuning.log[-1]["step"] in (step, step + 1) and max(tuning.saved) <= step
+    assert all(tensor.isfinite().all() for tensor in tuning.state(max(tuning.saved))["model"].values())
+
+
+def test_read_late_a_training_ends_in_the_same_weights(films, tmp_path, read_late):
+    at_once = Tuning(tmp_path / "at once", films).train()
+    read_late()
+    late = Tuning(tmp_path / "late", films).train()
+    assert late.log == at_once.log
+    assert same(late.state(late.saved[-1]), at_once.state(at_once.saved[-1]))
+
+
 @pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}], ids=["", "accumulated"])
 def test_a_skipped_batch_changes_nothing_to_the_bit_and_training_goes_on(films, tmp_path, poison, caplog, arguments):
     poison([2])

@@ -37,9 +37,10 @@ def features():
 
 
 def fit(model, features, strengths, **settings):
-    """The log of `fit_head`."""
-    lines = []
-    fit_head(model, *features, FrozenArguments(l2_strengths=strengths, **settings), lambda **line: lines.append(line))
+    """The log of `fit_head`. Before the two of validation, `features` has values and labels of each view."""
+    lines, arguments = [], FrozenArguments(l2_strengths=strengths, **settings)
+    *views, validation = zip(features[::2], features[1::2], strict=True)
+    fit_head(model, views, validation, arguments, lambda **line: lines.append(line))
     return lines
 
 
@@ -152,6 +153,18 @@ def test_a_feature_that_hardly_varies_stays_unimportant(features):
     spoken = values.clone()
     spoken[:, 5] = 0.01
     torch.testing.assert_close(probabilities(model, spoken), probabilities(model, values), rtol=0, atol=1e-3)
+
+
+def test_a_head_on_several_views_is_a_head_on_all_their_images(features):
+    values, labels, *validation = features
+    others = values + torch.randn(values.shape, generator=torch.Generator().manual_seed(2))
+    model, strength = tiny_model(3), 1e-1
+    fit(model, (values, labels, others, labels, *validation), [strength])
+    seen = scaled(torch.cat([values, others]), values).double().numpy()
+    reference = LogisticRegression(C=1 / (strength * len(seen)), tol=1e-8, max_iter=10_000)
+    reference.fit(seen, torch.cat([labels, labels]).numpy())
+    expected = reference.predict_proba(scaled(validation[0], values).double().numpy())
+    torch.testing.assert_close(probabilities(model, validation[0]), torch.from_numpy(expected), rtol=0, atol=TOLERANCE)
 
 
 def test_the_backbone_and_the_given_features_are_left_alone(features):

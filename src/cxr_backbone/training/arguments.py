@@ -175,11 +175,14 @@ class FrozenArguments:
     )
     max_iterations: int = field(default=1000, metadata={"help": "of L-BFGS, a strength"})
     batch_size: int = field(default=64, metadata={"help": "images per forward pass of the frozen backbone"})
+    augmented_views: int = field(
+        default=0, metadata={"help": "of each film that the head sees too, as strong as fine_tuning.augmentation"}
+    )
 
     def __post_init__(self):
         allowed = bool(self.l2_strengths) and min(self.l2_strengths) >= 0
         _require(allowed, "frozen.l2_strengths", self.l2_strengths, "one or more penalties of 0 or more")
-        _require_at_least(self, "frozen", max_iterations=1, batch_size=1)
+        _require_at_least(self, "frozen", max_iterations=1, batch_size=1, augmented_views=0)
 
 
 @dataclass

@@ -4,6 +4,8 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
+SEEDS_A_RUN = 1_000_003  # batches that get a seed of their own before the next run's seeds begin
+
 
 class Augmentation(nn.Module):
     """What differs between X-ray machines and between positionings: place, size, tilt, exposure, contrast, sharpness,

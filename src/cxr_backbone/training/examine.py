@@ -29,9 +29,9 @@ from cxr_backbone.evaluation.results import examine
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import EvaluationArguments
-from cxr_backbone.training.augmentation import Augmentation
+from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
 from cxr_backbone.training.batches import to_images, to_pixel_values
-from cxr_backbone.training.loop import SEEDS_A_RUN, plain_loss, predict
+from cxr_backbone.training.loop import plain_loss, predict
 from cxr_backbone.training.state import RunDirectory, save_model
 from cxr_backbone.weights import open_checkpoint
 

@@ -7,8 +7,10 @@ from datetime import timedelta
 from functools import cache
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch import distributed
+
+from cxr_backbone.modeling_cxr_inception import CXRInceptionModel
 
 # After which processes that wait for one that hangs give up. (One that dies is found out about in seconds.)
 TIMEOUT = timedelta(minutes=10)
@@ -56,6 +58,13 @@ def join_processes() -> PartialState:
     Without a GPU Accelerate joins processes only if it is told to use the CPU, and else each would train alone.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+
+
+def inference_copy(backbone: CXRInceptionModel, accelerator: Accelerator) -> CXRInceptionModel:
+    """The backbone folded (`fuse`), with weights of the precision that Accelerate's autocast would cast them to."""
+    fused = backbone.fuse()
+    precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return fused.to(precisions.get(accelerator.mixed_precision, fused.dtype))  # type: ignore[arg-type]
 
 
 @contextmanager

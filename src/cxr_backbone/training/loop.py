@@ -1,5 +1,6 @@
 """The training loop of phase two, and the evaluation pass that both phases share."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -20,13 +21,12 @@ from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments
-from cxr_backbone.training.augmentation import Augmentation
+from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
 from cxr_backbone.training.batches import Batch, run_through, to_images, to_pixel_values, training_loader
+from cxr_backbone.training.hardware import inference_copy
 from cxr_backbone.training.interruption import Interruption
 from cxr_backbone.training.nonfinite import NonfiniteError, NonfiniteGuard
 from cxr_backbone.training.state import TrainingRun
-
-SEEDS_A_RUN = 1_000_003  # batches that get a seed of their own before the next run's seeds begin
 
 
 def predict(
@@ -43,24 +43,17 @@ def predict(
 
     The head runs in float32 whatever the backbone does: logits of bfloat16 have three digits, and scores would tie."""
 
-    def forward(pixel_values: Tensor) -> Tensor:
-        features = model.cxr_inception(pixel_values).pooler_output
-        with torch.autocast(features.device.type, enabled=False):
-            return model.classifier(features.float())
+    backbone = inference_copy(model.cxr_inception, accelerator)
+    head = copy.deepcopy(model.classifier).float().eval()
 
-    was_training = model.training
-    model.eval()
-    logits, labels = run_through(
-        forward,
-        films,
-        image_processor,
-        accelerator,
-        batch_size=batch_size,
-        desc="predict",
-        change=change,
+    def forward(pixel_values: Tensor) -> Tensor:
+        features = backbone(pixel_values).pooler_output
+        with torch.autocast(features.device.type, enabled=False):
+            return head(features.float())
+
+    return run_through(
+        forward, films, image_processor, accelerator, batch_size=batch_size, desc="predict", change=change
     )
-    model.train(was_training)
-    return logits, labels
 
 
 def plain_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -134,6 +127,9 @@ class Trainer:
         self.scheduler = make_scheduler(updates)
         self.augmentation = Augmentation(arguments.augmentation)
         self.guard = NonfiniteGuard(self.model, accelerator, arguments.nonfinite, run)
+        # To wait for a GPU at each step leaves it idle. But what is to be skipped, or scaled, must be known at once.
+        waits = accelerator.device.type == "cpu" or arguments.nonfinite == "skip" or accelerator.scaler is not None
+        self.reads_late, self.unread = not waits, cast("_Update | None", None)
         self.progress = Progress()
         an_epoch = arguments.evaluations_per_epoch
         self.evaluated_after = {round(self.steps_per_epoch * part / an_epoch) for part in range(1, an_epoch + 1)}
@@ -185,20 +181,17 @@ class Trainer:
 
     def _update(self) -> None:
         """One step of the optimizer; then the state is saved if it is time to, or to stop."""
-        accelerator, progress = self.accelerator, self.progress
+        accelerator = self.accelerator
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
         since = time.monotonic() - self.saved_at[1]
         is_time = accelerator.is_main_process and since >= 60 * self.settings.save_minutes
-        bad_loss, bad_gradient, is_time, is_asked = self._any_process(
+        seen = self._any_process(
             ~self.guard.losses().isfinite().all(), ~norm.isfinite(), is_time, self.interruption.is_asked
         )
-        # A gradient that is too large for fp16 is normal: its scaler leaves this step out and scales less from then on.
-        is_overflow = accelerator.scaler is not None and not bad_loss and bad_gradient
-        is_bad = bad_loss or (bad_gradient and not is_overflow)
-        progress.overflows += is_overflow
-        if is_bad:
-            self._log_steps()
-            self.guard.react(progress.steps - 1, norm)
+        update: _Update | None = _Update(self.progress.steps - 1, norm, self.guard.watched, seen)
+        if self.reads_late:
+            update, self.unread = self.unread, update
+        is_bad, is_overflow, is_time, is_asked = (False,) * 4 if update is None else self._heed(update)
         if not is_bad or accelerator.scaler is not None:
             self.optimizer.step()
         if not is_bad and not is_overflow:
@@ -211,6 +204,18 @@ class Trainer:
         if is_asked:
             self._exit()
 
+    def _heed(self, update: "_Update") -> tuple[bool, bool, bool, bool]:
+        """Whether an update is bad, whether it is an overflow, whether it is time to save, and whether to stop."""
+        bad_loss, bad_gradient, is_time, is_asked = update.seen.read()
+        # A gradient that is too large for fp16 is normal: its scaler leaves this step out and scales less from then on.
+        is_overflow = self.accelerator.scaler is not None and not bad_loss and bad_gradient
+        is_bad = bad_loss or (bad_gradient and not is_overflow)
+        self.progress.overflows += is_overflow
+        if is_bad:
+            self._log_steps()
+            self.guard.react(update.step, update.norm, update.watched)
+        return is_bad, is_overflow, is_time, is_asked
+
     def _is_to_be_evaluated(self) -> bool:
         steps = self.progress.steps
         return steps == 0 or (steps - 1) % self.steps_per_epoch + 1 in self.evaluated_after
@@ -219,7 +224,7 @@ class Trainer:
         """Look at validation, and keep the averaged model; True if training should stop."""
         progress, run = self.progress, self.run
         self._save_state()
-        if self._any_process(self.interruption.is_asked)[0] and self.saved_at[0] == progress.steps:
+        if self._any_process(self.interruption.is_asked).read()[0] and self.saved_at[0] == progress.steps:
             self._exit()  # rather than look at all of validation first
         self._log_steps()
         _take_from_main_process(self.averaged, self.accelerator)  # statistics of BatchNorm, of which each has its own
@@ -266,6 +271,9 @@ class Trainer:
         """(Between two updates there is a gradient that no state holds.)"""
         if self.saved_at[0] == self.progress.steps or not self.accelerator.sync_gradients:
             return
+        if self.unread is not None:
+            self._heed(self.unread)
+            self.unread = None
         self._log_steps()
         scaler = self.accelerator.scaler
         state = {
@@ -296,10 +304,35 @@ class Trainer:
         self.guard.skipped, self.guard.skipped_in_a_row = state["skipped"]
         self.saved_at = (self.progress.steps, time.monotonic())
 
-    def _any_process(self, *flags: Tensor | bool) -> list[bool]:
+    def _any_process(self, *flags: Tensor | bool) -> "_Flags":
         """For each flag, whether any process has it set."""
         numbers = torch.stack([torch.as_tensor(flag, device=self.accelerator.device).float() for flag in flags])
-        return [number > 0 for number in self.accelerator.reduce(numbers).tolist()]
+        return _Flags(self.accelerator.reduce(numbers))
+
+
+class _Flags:
+    """Yes or no to several questions, on their way from the device to the host."""
+
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.arrival = torch.Event(numbers.device) if numbers.device.type != "cpu" else None
+        if self.arrival is not None:
+            self.arrival.record()
+
+    def read(self) -> list[bool]:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return [number > 0 for number in self.numbers.tolist()]
+
+
+@dataclass
+class _Update:
+    """An update of the weights, the batches that went into it, and what the processes saw in making it."""
+
+    step: int
+    norm: Tensor
+    watched: list[tuple[Tensor, list[str]]]
+    seen: _Flags
 
 
 def _take_from_main_process(model: nn.Module, accelerator: Accelerator) -> None:

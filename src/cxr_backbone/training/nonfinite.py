@@ -48,15 +48,16 @@ class NonfiniteGuard:
         self.skipped += is_skipped
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if is_skipped else 0
 
-    def react(self, step: int, norm: Tensor) -> None:
-        """Keep what is known of the batches, all processes', in the run directory; then stop unless told to skip.
+    def react(self, step: int, norm: Tensor, watched: list[tuple[Tensor, list[str]]]) -> None:
+        """Keep what is known of the batches that were `watched` up to an update, all processes', in the run directory;
+        then stop unless told to skip.
 
         Raises:
             NonfiniteError: it names step, loss, gradient and that file.
         """
         process = self.accelerator.process_index
         batches: list[dict[str, Any]] = gather_object(
-            [{"process": process, "loss": _number(loss), "image_ids": ids} for loss, ids in self.watched]
+            [{"process": process, "loss": _number(loss), "image_ids": ids} for loss, ids in watched]
         )
         path = self.run.note_nonfinite(step, {"step": step, "gradient_norm": _number(norm), "batches": batches})
         losses = ", ".join(str(batch["loss"]) for batch in batches)

@@ -3,17 +3,19 @@
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import get_cosine_schedule_with_warmup
 
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
+from cxr_backbone.layers_cxr_inception import CXRInceptionHead
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
 from cxr_backbone.training.interruption import Interruption
@@ -26,44 +28,38 @@ logger = logging.getLogger(__name__)
 
 def fit_head(
     model: CXRInceptionForImageClassification,
-    train_features: Tensor,
-    train_labels: Tensor,
-    validation_features: Tensor,
-    validation_labels: Tensor,
+    views: Sequence[tuple[Tensor, Tensor]],
+    validation: tuple[Tensor, Tensor],
     arguments: FrozenArguments,
     log: Callable[..., None],
 ) -> None:
     """Phase one: fit `model.classifier` to the features of the frozen backbone, in place.
 
     For each L2 strength the head is trained by L-BFGS on all features at once, centred and scaled, until a step lowers
-    the penalised loss by less than 1e-7; the strength with the lowest validation loss is kept and the scaling is folded
-    into the first layer. For a head without hidden layers this is multinomial logistic regression, whose optimum is
-    unique, and for findings one such regression each. Dropout is off: the penalty does its work here.
+    the penalised loss by less than 1e-7; the strength with the lowest validation loss is kept. For a head without
+    hidden layers this is multinomial logistic regression, whose optimum is unique, and for findings one such regression
+    each. Dropout is off: the penalty does its work here.
 
     Args:
-        train_features, validation_features: (images, 2048).
-        train_labels, validation_labels: as `CXRInceptionForImageClassification` takes them.
+        views: features (images, 2048) and labels of the training films as they are, then of augmented views of them.
+        validation: features and labels. Labels are as `CXRInceptionForImageClassification` takes them.
 
     Raises:
         NonfiniteError: no strength has a validation loss that is a number.
     """
-    # Centred and divided by one number for all features. A scale for each would blow up those that hardly vary: a head
-    # that leans on them is worse on validation, and falls over as soon as fine-tuning moves the backbone.
-    features, labels = train_features, train_labels
-    mean, scale = features.mean(dim=0), features.std(dim=0).square().mean().sqrt()
-    features = (features - mean) / scale
-    validation_features = (validation_features - mean) / scale
+    best_loss, best_strength, best_parameters = math.inf, math.nan, {}
+    head = _ScaledHead(copy.deepcopy(model.classifier).cpu().eval(), like=views[0][0])
 
-    best_loss, best_head, best_strength = math.inf, model.classifier, math.nan
-    head = copy.deepcopy(model.classifier).cpu().eval()
+    def training_loss(features: Tensor, labels: Tensor) -> Tensor:
+        return model.compute_loss(head(features), labels)
+
     # From the strongest to the weakest, each started where the last one ended: a fraction of the iterations.
     for strength in sorted(arguments.l2_strengths, reverse=True):
-        iterations = _minimise(
-            head, lambda logits: model.compute_loss(logits, labels), features, strength, arguments.max_iterations
-        )
+        iterations = _minimise(head.head, training_loss, views, strength, arguments.max_iterations)
         with torch.no_grad():
-            train_loss = plain_loss(head(features), labels).item()
-            validation_loss = plain_loss(head(validation_features), validation_labels).item()
+            train_loss, validation_loss = (
+                plain_loss(head(features), labels).item() for features, labels in (views[0], validation)
+            )
         log(
             phase="frozen",
             l2=strength,
@@ -72,7 +68,8 @@ def fit_head(
             validation_loss=validation_loss,
         )
         if validation_loss < best_loss:
-            best_loss, best_head, best_strength = validation_loss, copy.deepcopy(head), strength
+            best_loss, best_strength = validation_loss, strength
+            best_parameters = {name: values.detach().clone() for name, values in head.for_plain_features().items()}
     if not math.isfinite(best_loss):
         raise NonfiniteError("The validation loss of the frozen phase is no number at any of frozen.l2_strengths.")
     if len(arguments.l2_strengths) > 1 and best_strength in (
@@ -83,12 +80,7 @@ def fit_head(
             "The frozen head is best at l2=%g, an end of frozen.l2_strengths; try a wider range.",
             best_strength,
         )
-
-    first = next(layer for layer in best_head.modules() if isinstance(layer, nn.Linear))
-    with torch.no_grad():
-        first.weight.div_(scale)
-        first.bias.sub_(first.weight @ mean)
-    model.classifier.load_state_dict(best_head.state_dict())  # copies into the model's own dtype
+    model.classifier.load_state_dict(best_parameters)  # copies into the model's own dtype
 
 
 def fine_tune(
@@ -114,7 +106,8 @@ def fine_tune(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(parameter_groups(model, arguments))
+    # (fp16's scaler leaves a step out by itself, unless the optimizer is a fused one.)
+    optimizer = torch.optim.AdamW(parameter_groups(model, arguments), fused=accelerator.scaler is None)
 
     def make_scheduler(updates: int):
         return get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup_ratio * updates), updates)
@@ -149,10 +142,38 @@ def parameter_groups(model: CXRInceptionForImageClassification, arguments: FineT
     return groups
 
 
+class _ScaledHead(nn.Module):
+    """A head that sees features centred, and divided by one number: their common standard deviation.
+
+    A scale for each would blow up those that hardly vary: a head that leans on them is worse on validation, and falls
+    over as soon as fine-tuning moves the backbone. Its first layer does the scaling, so that the features, which may be
+    more than fit in memory, are read from their file as they are.
+    """
+
+    def __init__(self, head: CXRInceptionHead, like: Tensor):
+        super().__init__()
+        self.head, self.mean, self.scale = head, like.mean(dim=0), like.std(dim=0).square().mean().sqrt()
+        self.first = next(name for name, layer in head.named_modules() if isinstance(layer, nn.Linear))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return functional_call(self.head, self.for_plain_features(), (features,))
+
+    def for_plain_features(self) -> dict[str, Tensor]:
+        """The head's parameters with the scaling folded in."""
+        parameters = dict(self.head.named_parameters())
+        weight = parameters[f"{self.first}.weight"] / self.scale
+        bias = parameters[f"{self.first}.bias"] - weight @ self.mean
+        return parameters | {f"{self.first}.weight": weight, f"{self.first}.bias": bias}
+
+
 def _minimise(
-    head: nn.Module, loss_function: Callable[[Tensor], Tensor], features: Tensor, strength: float, limit: int
+    head: nn.Module,
+    loss_function: Callable[[Tensor, Tensor], Tensor],
+    views: Sequence[tuple[Tensor, Tensor]],
+    strength: float,
+    limit: int,
 ) -> int:
-    """Minimise the loss plus `strength` / 2 times the squared weights; the number of iterations it took."""
+    """Minimise the mean loss of the views plus `strength` / 2 times the squared weights; returns the iterations."""
     weights = [layer.weight for layer in head.modules() if isinstance(layer, nn.Linear)]
     optimizer = torch.optim.LBFGS(
         head.parameters(),
@@ -165,10 +186,13 @@ def _minimise(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        penalty = sum((weight.square().sum() for weight in weights), start=torch.zeros(()))
-        loss = loss_function(head(features)) + strength / 2 * penalty
-        loss.backward()
-        return loss
+        total = strength / 2 * sum((weight.square().sum() for weight in weights), start=torch.zeros(()))
+        total.backward()
+        for view in views:  # one after the other: each may be as large as memory
+            loss = loss_function(*view) / len(views)
+            loss.backward()
+            total = total.detach() + loss.detach()
+        return total
 
     optimizer.step(closure)
     return optimizer.state[next(head.parameters())]["n_iter"]
