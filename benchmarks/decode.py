@@ -8,15 +8,14 @@ in grey levels (0 to 255), against the plain result turned to grey.
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import numpy as np
 from PIL import Image
+from timing import machine, spread
 from transformers import ViTImageProcessorPil
 
 from cxr_backbone.data.decoding import decode_film
@@ -58,8 +57,7 @@ def main() -> None:
     print(markdown_table(["way", "ms a film", "times as fast as plain", "mean difference", "largest"], rows))
     same = sum(np.array_equal(read_radiograph(path), grey_pixels(path)) for path in paths)
     print(f'\nAt full size, the pixels of read_radiograph are those of convert("L") in {same} of {len(paths)} films.')
-    packages = ", ".join(f"{name} {version(name)}" for name in ("pillow", "transformers", "datasets"))
-    print(f"{cpu_model()}; Python {platform.python_version()}, {packages}.")
+    print(machine("pillow", "transformers", "datasets"))
 
 
 def make_ways(image_size: int) -> dict[str, Way]:
@@ -116,17 +114,6 @@ def as_grey(square: Image.Image | np.ndarray) -> np.ndarray:
 def grey_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("L"))
-
-
-def spread(values: np.ndarray) -> str:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

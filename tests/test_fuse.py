@@ -69,11 +69,26 @@ def test_frozen_and_synchronised_layers_are_folded_too():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_folded_in_full_precision(dtype):
-    model = in_use(tiny_model()).to(dtype)
-    fused, expected = model.fuse(), copy.deepcopy(model).float().fuse().to(dtype).state_dict()
-    assert fused.dtype == dtype and fused(images()).logits.isfinite().all()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in fused.state_dict().items())
+def test_a_half_precision_copy_is_folded_in_full_precision_and_keeps_a_full_head(dtype):
+    model = in_use(tiny_model())
+    fused, expected = model.fuse(dtype), model.fuse().state_dict()
+    for name, tensor in fused.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(torch.float32 if name.startswith("classifier.") else dtype))
+    logits = fused(images()).logits
+    assert fused.dtype == dtype and logits.dtype == torch.float32 and not torch.equal(logits, logits.to(dtype).float())
+
+
+def test_a_half_precision_model_stays_so_but_for_its_head():
+    fused = in_use(tiny_model()).to(torch.bfloat16).fuse()
+    assert fused.dtype == torch.bfloat16 and fused(images()).logits.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count_include_pad", [True, False])
+def test_the_average_at_the_border_is_that_of_the_model(count_include_pad):
+    model = in_use(tiny_model(avg_pool_count_include_pad=count_include_pad))
+    outputs = [given(images(), output_hidden_states=True).hidden_states for given in (model, model.fuse())]
+    assert all(relative_difference(*maps) < 1e-4 for maps in zip(*outputs, strict=True))
 
 
 @torch.no_grad()
@@ -84,7 +99,7 @@ def test_a_large_batch_goes_through_in_pieces_and_comes_back_whole(every_stage):
     batches = []
     stem = fused.cxr_inception.encoder.stages["stem"]
     stem.register_forward_hook(lambda module, inputs, output: batches.append(len(inputs[0])))
-    fused.cxr_inception.encoder.pixels_at_once = 4 * 75 * 75
+    fused.cxr_inception.encoder.bytes_at_once = 4 * 75 * 75 * 4  # four images in float32
     pieces = fused(images(9), output_hidden_states=every_stage)
     assert batches == [4, 4, 1]
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-4, atol=1e-5)
@@ -95,7 +110,7 @@ def test_a_large_batch_goes_through_in_pieces_and_comes_back_whole(every_stage):
 @torch.no_grad()
 def test_an_image_larger_than_a_piece_goes_through_alone():
     fused = in_use(tiny_model()).fuse()
-    fused.cxr_inception.encoder.pixels_at_once = 100
+    fused.cxr_inception.encoder.bytes_at_once = 100
     assert fused(images(3)).logits.shape == (3, 2)
 
 

@@ -248,8 +248,10 @@ class Conv(NamedTuple):
     same: bool = True  # zero padding that keeps height and width; False: none
 
 
-class AvgPool(NamedTuple):
-    """3 x 3 average with padding, stride 1."""
+class PooledConv(NamedTuple):
+    """3 x 3 average with padding, stride 1, then as `Conv` with a kernel of 1."""
+
+    channels: int
 
 
 class MaxPool(NamedTuple):
@@ -269,7 +271,7 @@ def block_a(pool_channels: int) -> Block:
             (Conv(64),),
             (Conv(48), Conv(64, 5)),
             (Conv(64), Conv(96, 3), Conv(96, 3)),
-            (AvgPool(), Conv(pool_channels)),
+            (PooledConv(pool_channels),),
         )
     )
 
@@ -282,7 +284,7 @@ def block_c(channels: int) -> Block:
             (Conv(192),),
             (Conv(channels), Conv(channels, row), Conv(192, column)),
             (Conv(channels), *[Conv(channels, k) for k in (column, row, column)], Conv(192, row)),
-            (AvgPool(), Conv(192)),
+            (PooledConv(192),),
         )
     )
 
@@ -295,7 +297,7 @@ def block_e() -> Block:
             (Conv(320),),
             (Conv(384), spread),
             (Conv(448), Conv(384, 3), spread),
-            (AvgPool(), Conv(192)),
+            (PooledConv(192),),
         )
     )
 

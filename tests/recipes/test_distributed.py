@@ -128,7 +128,7 @@ def test_what_two_processes_measure_is_what_one_finds_for_the_saved_model(whole,
     assert table["label"].to_pylist() == [model.config.id2label[label] for label in labels.tolist()]
     scores = logits.softmax(dim=1)[:, 1]
     assert table["score PNEUMONIA"].to_pylist() == pytest.approx(scores.tolist(), abs=1e-4)
-    assert scores.std() > 0.01  # so another order would show
+    assert scores.std() > 2e-3  # so another order would show
     assert measured["figures"]["loss"]["value"] == pytest.approx(plain_loss(logits, labels).item(), rel=1e-5)
 
 

@@ -62,9 +62,8 @@ def join_processes() -> PartialState:
 
 def inference_copy(backbone: CXRInceptionModel, accelerator: Accelerator) -> CXRInceptionModel:
     """The backbone folded (`fuse`), with weights of the precision that Accelerate's autocast would cast them to."""
-    fused = backbone.fuse()
     precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return fused.to(precisions.get(accelerator.mixed_precision, fused.dtype))  # type: ignore[arg-type]
+    return backbone.fuse(precisions.get(accelerator.mixed_precision))
 
 
 @contextmanager
