@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoBackbone, AutoModel, AutoModelForImageClassification
 
 from cxr_backbone import (
@@ -305,6 +306,24 @@ def test_a_saved_model_is_exact_in_every_tensor_and_brings_its_code(tmp_path):
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+class RandomNumbers(TorchDispatchMode):
+    """Counts the tensors in memory that are filled with random numbers meanwhile."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += torch.Tag.nondeterministic_seeded in function.tags and args[0].device.type != "meta"
+        return function(*args, **(kwargs or {}))
+
+
+def test_opening_draws_no_weight_that_the_file_has(tmp_path):
+    with RandomNumbers() as building:
+        tiny_classifier().save_pretrained(tmp_path)
+    with RandomNumbers() as opening:
+        CXRInceptionForImageClassification.from_pretrained(tmp_path)
+    assert building.count > 94 and opening.count == 0
 
 
 def test_a_base_model_opens_a_checkpoint_with_a_head_and_the_other_way_round(tmp_path):
