@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--image_sizes", type=int, nargs="+", default=[150, 224, 299, 448])
     parser.add_argument("--hashes", type=int, default=200_000, help="films to search for duplicates")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--patients", type=int, default=1000, help="drawn, for the table of processes")
     given, others = parser.parse_known_args()
     arguments = parse_arguments([given.config, "--evaluation.report", "false", *others])
     accelerator = Accelerator(mixed_precision=choose_precision("auto"))
@@ -53,7 +54,7 @@ def main() -> None:
     print(f"{table_of_films(arguments, accelerator)}\n")
     print(f"{table_of_duplicates(given.hashes)}\n")
     print(f"{table_of_image_sizes(arguments, accelerator, given.image_sizes)}\n")
-    print(f"{table_of_processes(given.processes, arguments.model.depth_multiplier)}\n")
+    print(f"{table_of_processes(given.processes, given.patients, arguments.model.depth_multiplier)}\n")
     print(machine("torch", "accelerate", "datasets"))
 
 
@@ -61,7 +62,7 @@ def table_of_films(arguments: Arguments, accelerator: Accelerator) -> str:
     settings = {"image_size": arguments.model.image_size, "seed": 0}
     opened = open_films(arguments.data, **settings)
     assert isinstance(opened, DatasetDict), "expected data.streaming=false"
-    tenth = DatasetDict({name: rows.select(range(len(rows) // 10)) for name, rows in opened.items()})
+    tenth = DatasetDict({name: rows.shuffle(seed=0).select(range(len(rows) // 10)) for name, rows in opened.items()})
     columns = []
     for films in (tenth, opened):
         with tempfile.TemporaryDirectory() as folder:
@@ -144,20 +145,14 @@ def table_of_image_sizes(arguments: Arguments, accelerator: Accelerator, sizes: 
     return markdown_table(["image", "features, ms", "forward and backward, ms"], rows)
 
 
-def table_of_processes(most: int, depth_multiplier: float) -> str:
+def table_of_processes(most: int, patients: int, depth_multiplier: float) -> str:
     """The recipe on drawn films; the same films a process and step."""
     rows = []
     for processes in (1, most):
         with tempfile.TemporaryDirectory() as folder:
-            launch: list[Any] = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node",
-                processes,
-                "--standalone",
-            ]
-            options: list[Any] = ["--data.num_patients", 200, "--run.cpu_threads", 1, "--fine_tuning.epochs", 1]
+            launch: list[Any] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            launch += ["--nproc_per_node", processes]
+            options: list[Any] = ["--data.num_patients", patients, "--run.cpu_threads", 1, "--fine_tuning.epochs", 1]
             options += ["--model.depth_multiplier", depth_multiplier, "--model.image_size", 150]
             options += ["--fine_tuning.batch_size", BATCH_SIZE, "--evaluation.resamples", 100]
             options += ["--evaluation.report", "false", "--run.output_dir", folder + "/run"]
