@@ -14,16 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
-import openvino
 import torch
 from accelerate import Accelerator
 from sklearn.metrics import roc_auc_score
 from timing import interleaved, machine, ratio, spread
 from torch import Tensor
-from transformers.exporters import OnnxConfig, OnnxExporter
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
+from cxr_backbone.engines import export_to_onnx, on_onnxruntime, on_openvino
 from cxr_backbone.evaluation.report import markdown_table
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.batches import run_through
@@ -101,28 +99,12 @@ def our_ways(model: CXRInceptionForImageClassification, threads: int) -> dict[st
         ways["fuse(bfloat16)"] = lambda images: half(_channels_last(images)).logits.float()
 
     with tempfile.TemporaryDirectory() as folder:
-        export(model, Path(folder))
-        path = str(Path(folder) / "model.onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        ways["onnxruntime"] = lambda images: torch.from_numpy(
-            session.run(["logits"], {"pixel_values": images.numpy()})[0]
-        )
-        for hint in ["f32", "bf16"] if has_bf16 else ["f32"]:
-            settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": hint}
-            engine = openvino.Core().compile_model(path, "CPU", settings)
-            ways[f"OpenVINO, {hint}"] = lambda images, engine=engine: torch.from_numpy(  # type: ignore[misc]
-                engine(images.numpy())["logits"].copy()
-            )
+        export_to_onnx(model, CXRInceptionImageProcessor(), folder)
+        ways["onnxruntime"] = on_onnxruntime(folder, threads)
+        ways["OpenVINO, f32"] = on_openvino(folder, threads=threads)
+        if has_bf16:
+            ways["OpenVINO, bf16"] = on_openvino(folder, dtype=torch.bfloat16, threads=threads)
     return ways
-
-
-def export(model: CXRInceptionForImageClassification, folder: Path) -> None:
-    """As docs/loading.md shows it."""
-    size = model.config.image_size
-    inputs: dict = {"pixel_values": torch.rand(2, model.config.num_channels, size, size)}
-    OnnxExporter().export(model, inputs, OnnxConfig(dynamic=True)).save_pretrained(folder)
 
 
 def test_aurocs(ways: dict[str, Way], run: Path, others: list[str]) -> dict[str, str]:

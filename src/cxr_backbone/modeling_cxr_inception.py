@@ -92,12 +92,12 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
         return fused
 
     def train(self, mode: bool = True):
-        if mode and self._is_fused:
+        if mode and self.is_fused:
             raise ValueError("This copy was made by fuse() and has no BatchNorm to train with; train the original.")
         return super().train(mode)
 
     def save_pretrained(self, *args, **kwargs):
-        if self._is_fused:
+        if self.is_fused:
             raise ValueError("This copy was made by fuse() and can't be opened again; save the original.")
         return super().save_pretrained(*args, **kwargs)
 
@@ -120,7 +120,8 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
             init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
-    def _is_fused(self) -> bool:
+    def is_fused(self) -> bool:
+        """Whether `fuse` made this copy."""
         return any(isinstance(module, CXRInceptionEncoder) and module.bytes_at_once for module in self.modules())
 
     def _stages(self) -> list[CXRInceptionStage]:
