@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from sklearn.metrics import roc_auc_score
 from timing import machine
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cxr_backbone import CXRInceptionForImageClassification, CXRInceptionImageProcessor
@@ -30,6 +29,7 @@ from cxr_backbone.training.batches import _collate, run_through, to_images, to_p
 from cxr_backbone.training.features import extract_features
 from cxr_backbone.training.films import decode_films, open_films
 from cxr_backbone.training.hardware import choose_precision
+from cxr_backbone.training.loop import predict
 from cxr_backbone.training.phases import fit_head
 from cxr_backbone.training.start import start_model
 
@@ -51,8 +51,7 @@ def main() -> None:
     batch_size, precision = arguments.frozen.batch_size, choose_precision("auto")
 
     def quick_way(model: CXRInceptionForImageClassification, train: Dataset, precision: str) -> None:
-        AcceleratorState._reset_state()
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        accelerator = accelerator_of(precision)
         with tempfile.TemporaryDirectory() as folder:
             place = {"batch_size": batch_size, "cache_dir": Path(folder)}
             of_train, of_validation = (
@@ -66,7 +65,7 @@ def main() -> None:
     quick_way(models["quick"], few, precision)
     seconds["quick"] = time.perf_counter() - begin
     begin = time.perf_counter()
-    slow_way(models["slow"], few, validation, image_processor, given.epochs, batch_size)
+    slow_way(models["slow"], few, validation, image_processor, accelerator_of(precision), given.epochs, batch_size)
     seconds["slow"] = time.perf_counter() - begin
     header = ["way", f"seconds, {len(few):,} + {len(validation):,} films", "times as fast", "AUROC, validation"]
     rows = [
@@ -94,10 +93,10 @@ def slow_way(
     films: Dataset,
     validation: Dataset,
     image_processor: CXRInceptionImageProcessor,
+    accelerator: Accelerator,
     epochs: int,
     batch_size: int,
 ) -> None:
-    accelerator = Accelerator(cpu=True)  # of the same precision as the one before
     model.freeze_backbone()
     optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-3)
     rows = films.select_columns(["pixels", "label"])
@@ -121,18 +120,18 @@ def slow_way(
         )
 
 
-@torch.no_grad()
 def auroc(
     model: CXRInceptionForImageClassification, films: Dataset, image_processor: CXRInceptionImageProcessor
 ) -> str:
     """Asked in float32, whatever it was trained in."""
-    loader: DataLoader = DataLoader(films.select_columns(["pixels", "label"]), batch_size=32, collate_fn=_collate)
-    fused, scores, labels = model.fuse(), list[Tensor](), list[Tensor]()
-    for batch in loader:
-        logits = fused(to_pixel_values(to_images(batch["pixels"]), image_processor)).logits
-        scores.append(logits[:, 1] - logits[:, 0])
-        labels.append(batch["label"])
-    return f"{roc_auc_score(torch.cat(labels), torch.cat(scores)):.5f}"
+    logits, labels = predict(model, films, image_processor, accelerator_of("no"), batch_size=32)
+    return f"{roc_auc_score(labels, logits[:, 1] - logits[:, 0]):.5f}"
+
+
+def accelerator_of(precision: str) -> Accelerator:
+    """On the CPU; Accelerate holds one precision a process, so the one before is forgotten."""
+    AcceleratorState._reset_state()
+    return Accelerator(cpu=True, mixed_precision=precision)
 
 
 if __name__ == "__main__":

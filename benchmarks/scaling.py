@@ -125,16 +125,10 @@ def table_of_image_sizes(arguments: Arguments, accelerator: Accelerator, sizes: 
         with accelerator.autocast():
             loss = model(images, labels=labels).loss
         accelerator.backward(loss)
-        wait()
 
     @torch.inference_mode()
     def infer(images: torch.Tensor) -> None:
         backbone(images)
-        wait()
-
-    def wait() -> None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
 
     rows = []
     for size in sizes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def interleaved(ways: Mapping[str, Callable[..., Any]], repetitions: int, *given: Any) -> dict[str, np.ndarray]:
@@ -22,8 +23,15 @@ def interleaved(ways: Mapping[str, Callable[..., Any]], repetitions: int, *given
         for name, way in ways.items():
             start = time.perf_counter()
             way(*given)
+            wait_for_device()
             seconds[name][repetition] = time.perf_counter() - start
     return seconds
+
+
+def wait_for_device() -> None:
+    """Till a GPU has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def ratio(seconds: Mapping[str, np.ndarray], name: str, peer: str) -> str:

@@ -17,29 +17,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from timing import interleaved, machine, ratio, spread
+from timing import interleaved, machine, ratio, spread, wait_for_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cxr_backbone.evaluation.report import markdown_table
-from cxr_backbone.training.arguments import (
-    Arguments,
-    DataArguments,
-    EvaluationArguments,
-    FineTuningArguments,
-    FrozenArguments,
-    ModelArguments,
-    RunArguments,
-)
+from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.batches import Batch
 from cxr_backbone.training.films import decode_films, open_films
 from cxr_backbone.training.hardware import choose_precision
 from cxr_backbone.training.interruption import Interruption
 from cxr_backbone.training.loop import Trainer
-from cxr_backbone.training.phases import parameter_groups
+from cxr_backbone.training.phases import make_optimizer
 from cxr_backbone.training.start import start_model
 from cxr_backbone.training.state import TrainingRun
 
+ROOT = Path(__file__).parents[1]
 PEER = "torchvision, float32"
 
 
@@ -87,7 +80,7 @@ class RecipeSteps:
         batch = next(self.batches)
         self.waiting += time.perf_counter() - start
         self.trainer._step(batch)
-        _wait_for_device()
+        wait_for_device()
         self.total += time.perf_counter() - start
 
     def _batches(self) -> Iterator[Batch]:
@@ -96,14 +89,18 @@ class RecipeSteps:
 
 
 def make_trainer(given: argparse.Namespace, strength: float, accelerator: Accelerator, folder: Path) -> Trainer:
-    arguments = Arguments(
-        RunArguments(output_dir=str(folder), save_minutes=1000),
-        DataArguments(format="synthetic", num_patients=12 * given.batch_size),
-        ModelArguments(image_size=given.image_size, depth_multiplier=given.depth_multiplier),
-        FrozenArguments(),
-        FineTuningArguments(batch_size=given.batch_size, augmentation=strength),
-        EvaluationArguments(report=False),
-    )
+    options = {
+        "run.output_dir": folder,
+        "run.save_minutes": 1000,
+        "data.num_patients": 12 * given.batch_size,
+        "model.image_size": given.image_size,
+        "model.depth_multiplier": given.depth_multiplier,
+        "fine_tuning.batch_size": given.batch_size,
+        "fine_tuning.augmentation": strength,
+        "evaluation.report": "false",
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    arguments = parse_arguments([str(ROOT / "recipes/configs/sample.yaml"), *words])
     settings = {"image_size": given.image_size, "seed": 0}
     films = decode_films(open_films(arguments.data, **settings), arguments.data, **settings)
     model, image_processor = start_model(arguments.model, ["NORMAL", "OPACITY"], multi_label=False)
@@ -111,7 +108,7 @@ def make_trainer(given: argparse.Namespace, strength: float, accelerator: Accele
     run = TrainingRun(arguments)
     run.accelerator = accelerator
     run.claim()
-    optimizer = torch.optim.AdamW(parameter_groups(model, arguments.fine_tuning), fused=accelerator.scaler is None)
+    optimizer = make_optimizer(model, arguments.fine_tuning, accelerator)
     return Trainer(
         model,
         films.train,
@@ -156,14 +153,8 @@ def plain_step(
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
-        _wait_for_device()
 
     return step
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from narrow import PROCESSOR, tiny_model
-from test_fuse import in_use
+from narrow import PROCESSOR, in_use, tiny_model
 from transformers import AutoConfig, AutoImageProcessor
 
 from cxr_backbone.engines import export_to_onnx, on_onnxruntime, on_openvino

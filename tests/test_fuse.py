@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from narrow import PROCESSOR, tiny_model
+from narrow import PROCESSOR, in_use, tiny_model
 from PIL import Image
 from torch import nn
 from transformers import pipeline
@@ -12,18 +12,6 @@ from transformers import pipeline
 from cxr_backbone import CXRInceptionBackbone, CXRInceptionConfig, CXRInceptionModel
 from cxr_backbone.data.synthetic import draw_phantom
 from cxr_backbone.weights import load_inception_v3
-
-
-def in_use(model):
-    """The model, its BatchNorm with weights and statistics as some training leaves them: far from 0 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.uniform_(-0.5, 0.5, generator=generator)
-            layer.running_var.uniform_(0.1, 4, generator=generator)
-            nn.init.uniform_(layer.weight, 0.3, 1.5, generator=generator)
-            nn.init.uniform_(layer.bias, -0.3, 0.3, generator=generator)
-    return model.eval()
 
 
 def images(batch=4, size=75):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from narrow import PROCESSOR, accelerator, all_pixel_values, deaf_interruption, tiny_model, training_run
+from narrow import PROCESSOR, accelerator, all_pixel_values, deaf_interruption, in_use, tiny_model, training_run
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn import functional as F
@@ -287,21 +287,16 @@ def test_only_weights_of_convolutions_and_linear_layers_decay():
             assert decays[id(parameter)] == (0.3 if decaying else 0.0)
 
 
-def in_use(model):
-    """A copy whose statistics are those of some training, and one more with BatchNorm over all processes."""
-    plain = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    for layer in plain.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.uniform_(-0.1, 0.1, generator=generator)
-            layer.running_var.uniform_(0.5, 2, generator=generator)
+def plain_and_synchronised(model):
+    """A copy in use, and one more with BatchNorm over all processes."""
+    plain = in_use(copy.deepcopy(model))
     return plain, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
 
 
 def test_all_batch_norm_layers_are_made_one_over_all_processes_and_a_single_one_trains_as_before(phantoms, tmp_path):
     rows, logs = (phantoms["train"].select(range(8)), phantoms["validation"]), []
     for over_all in (False, True):
-        model, prepared = in_use(tiny_model())[0], accelerator()
+        model, prepared = plain_and_synchronised(tiny_model())[0], accelerator()
         layers = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         arguments = FineTuningArguments(batch_size=4, epochs=2, sync_batch_norm=over_all)
         run = training_run(tmp_path / str(over_all), prepared, fine_tuning=arguments)
@@ -315,13 +310,13 @@ def test_all_batch_norm_layers_are_made_one_over_all_processes_and_a_single_one_
 def test_a_model_with_such_layers_answers_the_same(phantoms):
     pixel_values = all_pixel_values(phantoms["test"].select(range(4)))
     with torch.no_grad():
-        plain, over_all = (model.eval()(pixel_values).logits for model in in_use(tiny_model()))
+        plain, over_all = (model.eval()(pixel_values).logits for model in plain_and_synchronised(tiny_model()))
     assert torch.equal(plain, over_all)
 
 
 def test_gradient_checkpointing_moves_their_statistics_once(phantoms):
     pixel_values = all_pixel_values(phantoms["test"].select(range(4)))
-    models = in_use(tiny_model())
+    models = plain_and_synchronised(tiny_model())
     models[1].gradient_checkpointing_enable()
     for model in models:
         model.train()(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss.backward()

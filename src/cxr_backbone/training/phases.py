@@ -106,8 +106,7 @@ def fine_tune(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    # (fp16's scaler leaves a step out by itself, unless the optimizer is a fused one.)
-    optimizer = torch.optim.AdamW(parameter_groups(model, arguments), fused=accelerator.scaler is None)
+    optimizer = make_optimizer(model, arguments, accelerator)
 
     def make_scheduler(updates: int):
         return get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup_ratio * updates), updates)
@@ -125,6 +124,14 @@ def fine_tune(
         interruption=interruption,
     )
     trainer.train(state)
+
+
+def make_optimizer(
+    model: CXRInceptionForImageClassification, arguments: FineTuningArguments, accelerator: Accelerator
+) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`, fused, except under fp16: its scaler leaves a step out by itself, unless the
+    optimizer is a fused one."""
+    return torch.optim.AdamW(parameter_groups(model, arguments), fused=accelerator.scaler is None)
 
 
 def parameter_groups(model: CXRInceptionForImageClassification, arguments: FineTuningArguments) -> list[dict]:
