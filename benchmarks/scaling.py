@@ -54,7 +54,7 @@ def main() -> None:
     print(f"{table_of_films(arguments, accelerator)}\n")
     print(f"{table_of_duplicates(given.hashes)}\n")
     print(f"{table_of_image_sizes(arguments, accelerator, given.image_sizes)}\n")
-    print(f"{table_of_processes(given.processes, given.patients, arguments.model.depth_multiplier)}\n")
+    print(f"{table_of_processes(given.processes, given.patients, arguments.model.depth_multiplier or 1.0)}\n")
     print(machine("torch", "accelerate", "datasets"))
 
 
@@ -117,7 +117,7 @@ def table_of_duplicates(films: int) -> str:
 
 
 def table_of_image_sizes(arguments: Arguments, accelerator: Accelerator, sizes: list[int]) -> str:
-    config = CXRInceptionConfig(depth_multiplier=arguments.model.depth_multiplier)
+    config = CXRInceptionConfig(depth_multiplier=arguments.model.depth_multiplier or 1.0)
     model = CXRInceptionForImageClassification(config).to(accelerator.device, memory_format=torch.channels_last)
     backbone, labels = inference_copy(model.cxr_inception, accelerator), torch.arange(BATCH_SIZE) % 2
 

@@ -28,7 +28,14 @@ from cxr_backbone.package import assemble, check_worth_publishing
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.examine import Candidate, Examiner, chosen_evaluation
 from cxr_backbone.training.features import View, extract_features
-from cxr_backbone.training.films import audit_films, check_classes, decode_external, decode_films, open_films
+from cxr_backbone.training.films import (
+    audit_films,
+    check_classes,
+    decode_external,
+    decode_films,
+    decode_joint,
+    open_films,
+)
 from cxr_backbone.training.hardware import choose_precision, join_processes, use_deterministic_kernels, use_threads
 from cxr_backbone.training.interruption import Interruption
 from cxr_backbone.training.nonfinite import NonfiniteError
@@ -99,6 +106,7 @@ def train(run, films, external, model, image_processor, accelerator, interruptio
             arguments.fine_tuning,
             run=run,
             interruption=interruption,
+            joint=films.joint,
             state=state,
         )
     accelerator.wait_for_everyone()
@@ -112,6 +120,9 @@ def train(run, films, external, model, image_processor, accelerator, interruptio
         candidate = candidates[folder.name] = examiner.restore(weights, model.config, image_processor)
         examiner.settle(candidate, validation)
         run.save_model(folder, candidate.model, image_processor)
+    guard = examiner.fit_guard(candidates["fine_tuned"], films.train_sample, validation)
+    if accelerator.is_main_process:
+        guard.save(run.fine_tuned)
     test = films.open_test(*(candidate.config for candidate in candidates.values()))
     splits = {"train": films.train_sample, "validation": validation, "test": test}
     predictions = examiner.ask(candidates, splits | external)
@@ -173,6 +184,7 @@ def prepare(argv):
     model, image_processor = start_model(arguments.model, names, multi_label=is_multi_label(features))
     external = decode_external(arguments.evaluation, model.config)
     films = decode_films(opened, arguments.data, **settings)
+    films.joint = decode_joint(arguments.joint, films, **settings)
     check_classes(films.splits, arguments.data)
     if len(films.train) < arguments.fine_tuning.batch_size * processes.num_processes:
         raise ValueError(

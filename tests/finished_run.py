@@ -38,6 +38,9 @@ class FinishedRun:
         self.write("audit.json", self.audit_report)
         if any(split.startswith("external ") for split in splits):
             (self.path / "external.yaml").write_text("data: {format: table, provenance: A clinic's films; CC0}")
+        if "--joint.films" in options:
+            (self.path / "joint.yaml").write_text("data: {format: table, provenance: Adults of a clinic; CC0}")
+            (self.path / "joint.csv").write_text("split,image_id,patient_id\njoint,1.png,7\njoint,2.png,8\n")
         settings = asdict(parse_arguments([*words, "--run.output_dir", "runs/this"]))
         (self.path / "config.yaml").write_text(yaml.safe_dump(settings))
         environment = {

@@ -17,6 +17,7 @@ from cxr_backbone.training.arguments import (
     EvaluationArguments,
     FineTuningArguments,
     FrozenArguments,
+    JointArguments,
     ModelArguments,
     RunArguments,
 )
@@ -65,6 +66,7 @@ def training_run(folder, accelerator, *, fine_tuning=None, **settings):
         ModelArguments(),
         FrozenArguments(),
         fine_tuning or FineTuningArguments(),
+        JointArguments(),
         EvaluationArguments(report=False),
     )
     run = TrainingRun(arguments)

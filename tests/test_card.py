@@ -308,6 +308,14 @@ def test_what_the_audit_found_is_told(run):
     assert "the patients of 5 films are not known" in run.finish().card()
 
 
+def test_films_of_joint_training_are_named_as_training_data(run):
+    card = run.finish("--joint.films", "/home/alice/adults.yaml").card()
+    assert "learnt what is known of 2 films of another source" in card
+    assert "Whoever published this model says of them: Adults of a clinic; CC0." in card
+    assert "films: adults.yaml" in card and "alice" not in card
+    assert "joint" not in run.finish().card()
+
+
 def test_an_external_set_stands_beside_the_test_split(run):
     card = run.finish(splits=OUTSIDE).card()
     metrics = run.read("metrics.json")

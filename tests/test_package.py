@@ -11,6 +11,7 @@ from narrow import tiny_model
 from running import ROOT
 
 from cxr_backbone import CXRInceptionImageProcessor
+from cxr_backbone.guard import Guard
 from cxr_backbone.package import assemble, check_worth_publishing, describe_inputs
 
 
@@ -21,6 +22,7 @@ def run(tmp_path):
     model = tiny_model(id2label={0: "NORMAL", 1: "PNEUMONIA"})
     model.save_pretrained(run.path / "fine_tuned")
     CXRInceptionImageProcessor(size={"height": 75, "width": 75}).save_pretrained(run.path / "fine_tuned")
+    Guard.fit(torch.randn(9, 4), torch.randn(3, 4)).save(run.path / "fine_tuned")
     (run.path / "figures").mkdir()
     (run.path / "figures/roc.png").write_bytes(b"a picture")
     (run.path / "fine_tuned/notes.txt").write_text("Mrs Miller, born 1950")
@@ -37,7 +39,8 @@ def test_it_holds_the_model_and_what_can_be_known_of_it_and_nothing_else_of_the_
     folder = package(run)
     assert folder == run.path / "hub"
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
-        *("model.safetensors", "config.json", "preprocessor_config.json", "metrics.json", "input_contract.json"),
+        *("model.safetensors", "config.json", "preprocessor_config.json", "guard.safetensors"),
+        *("metrics.json", "input_contract.json"),
         *("configuration_cxr_inception.py", "layers_cxr_inception.py", "modeling_cxr_inception.py"),
         "image_processing_cxr_inception.py",
         *("README.md", "LICENSE", "figures/roc.png"),
@@ -57,6 +60,7 @@ def test_made_again_it_holds_nothing_of_before(run):
     [
         *("metrics.json", "audit.json", "fine_tuned/model.safetensors", "fine_tuned/preprocessor_config.json"),
         *("fine_tuned/modeling_cxr_inception.py", "fine_tuned/layers_cxr_inception.py"),
+        "fine_tuned/guard.safetensors",
     ],
 )
 def test_a_run_without_a_file_is_refused_by_its_name(run, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -29,7 +30,7 @@ NEEDED = {
         *("command", "python", "packages", "initial_weights_sha256"),
         *("device", "threads", "processes", "mixed_precision"),
     ),
-    "config.yaml": ("run", "data.provenance", "model.init_provenance", "frozen", "fine_tuning", "evaluation"),
+    "config.yaml": ("run", "data.provenance", "model.init_provenance", "frozen", "fine_tuning", "joint", "evaluation"),
     "audit.json": (
         "splits",
         "patients_across_splits",
@@ -93,6 +94,7 @@ def write_card(run: Path, folder: Path, template: Path, repo_id: str) -> None:
         external=external,
         external_provenance=about_external.get("provenance"),
         data_set=data_set,
+        joint=_joint_set(run) if settings["joint"]["films"] else None,
         init=init,
         command=_command(environment["command"]),
         resolved=_resolved(settings),
@@ -162,6 +164,13 @@ class DataSet(NamedTuple):
     read_from: str | None = None
 
 
+class JointSet(NamedTuple):
+    """Films of another source that were learnt from beside the run's own: how many, and where they come from."""
+
+    films: int
+    provenance: str | None
+
+
 class InitialWeights(NamedTuple):
     """Where training started: kind is random, hub, file or checkpoint (a folder)."""
 
@@ -204,6 +213,13 @@ def _data_set(data: Mapping[str, Any]) -> DataSet:
     # A folder of classes is always here; a table may be on the Hub.
     on_hub = kind == "table" and is_hub_id(source) and not source.endswith(_TABLE_SUFFIXES)
     return DataSet(_public(source), kind, source if on_hub else None)
+
+
+def _joint_set(run: Path) -> JointSet:
+    about = read_run_file(run / "joint.yaml", ("data",))["data"]
+    with (run / "joint.csv").open(newline="", encoding="utf-8") as file:
+        films = sum(1 for _ in csv.DictReader(file))
+    return JointSet(films, about.get("provenance"))
 
 
 def _initial_weights(settings: Mapping[str, Any], environment: Mapping[str, Any]) -> InitialWeights:
@@ -289,8 +305,10 @@ def _resolved(settings: Mapping[str, Any]) -> str:
     """The settings of a run as YAML, without what is not set and what changes nothing that is measured."""
     kept = {
         section: {name: value for name, value in settings[section].items() if value is not None and value != []}
-        for section in ("run", "data", "model", "frozen", "fine_tuning", "evaluation")
+        for section in ("run", "data", "model", "frozen", "fine_tuning", "joint", "evaluation")
     }
+    if "films" not in kept["joint"]:
+        del kept["joint"]
     kept["run"] = {name: value for name, value in kept["run"].items() if name in ("seed", "mixed_precision")}
     for section, names in {
         "data": ("cache_dir", "num_workers", "provenance"),

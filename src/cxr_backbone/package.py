@@ -8,20 +8,21 @@ from typing import Any
 
 from cxr_backbone.card import is_control_run, write_card
 from cxr_backbone.configuration_cxr_inception import SMALLEST_IMAGE, CXRInceptionConfig
+from cxr_backbone.guard import FILE as GUARD
 from cxr_backbone.hub import check_repo_id
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 
 WEIGHTS = "model.safetensors"
 CODE = sorted(file.name for file in Path(__file__).parent.glob("*_cxr_inception.py"))  # what the Hub runs alone
-MODEL_FILES = ("config.json", "preprocessor_config.json", WEIGHTS, *CODE)
+MODEL_FILES = ("config.json", "preprocessor_config.json", WEIGHTS, GUARD, *CODE)
 
 
 def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) -> Path:
     """Write the folder `hub/` of a finished run, afresh: all of it can be published, and nothing else of the run.
 
-    It holds the fine-tuned model (`model.safetensors`, `config.json`, `preprocessor_config.json` and the four code
-    files), `README.md` (the card), `metrics.json`, `figures/*.png`, `LICENSE` and `input_contract.json`. Films,
-    predictions and the ids of films and patients stay in the run.
+    It holds the fine-tuned model (`model.safetensors`, `config.json`, `preprocessor_config.json`, the input check
+    `guard.safetensors` and the four code files), `README.md` (the card), `metrics.json`, `figures/*.png`, `LICENSE` and
+    `input_contract.json`. Films, predictions and the ids of films and patients stay in the run.
 
     Args:
         run: the run directory of a training.

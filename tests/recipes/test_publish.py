@@ -74,7 +74,8 @@ def test_one_commit_has_the_model_its_card_its_figures_and_nothing_else(publishe
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1].endswith(f"/{REPO}/commit/{commit.sha}")
     assert {name for name in commit.files if not name.startswith("figures/")} == {
-        *("config.json", "preprocessor_config.json", "model.safetensors", "metrics.json", "README.md", "LICENSE"),
+        *("config.json", "preprocessor_config.json", "model.safetensors", "guard.safetensors"),
+        *("metrics.json", "README.md", "LICENSE"),
         *("configuration_cxr_inception.py", "layers_cxr_inception.py", "modeling_cxr_inception.py"),
         "image_processing_cxr_inception.py",
         "input_contract.json",

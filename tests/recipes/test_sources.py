@@ -107,3 +107,21 @@ def test_no_decoded_copy_of_train_is_kept(stream_run, tmp_path_factory):
     decoded = {path.parts[-5]: path for path in stream_run.path.parent.rglob("cxr_backbone/**/*.arrow")}
     held_out = [path for path in decoded.values() if b"pixels" in path.read_bytes()]
     assert decoded and len(held_out) == 3  # and the sample of train
+
+
+def test_adults_are_learnt_from_beside_children(real_films, shared, tmp_path):
+    run = Run(
+        tmp_path,
+        "recipes/configs/pneumonia.yaml",
+        **(SMALL | {"data.source": [real_films], "data.num_folds": [4], "evaluation.report": ["false"]}),
+        **{"joint.films": ["recipes/configs/rsna_normals.yaml"], "joint.batch_size": [4]},
+        **{"joint.films_source": [shared / "data/rsna-normals/labels.csv"]},
+    )
+    joint = (run.path / "joint.csv").read_text().splitlines()
+    assert joint[0] == "split,image_id,patient_id" and len(joint) > 3000
+    assert (
+        f"learnt what is known of {len(joint) - 1:,} films of another source"
+        in (run.path / "hub/README.md").read_text()
+    )
+    config = json.loads((run.path / "fine_tuned/config.json").read_text())
+    assert set(config["id2label"].values()) == {"NORMAL", "PNEUMONIA"}

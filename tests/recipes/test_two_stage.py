@@ -7,12 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from PIL import Image
 from running import Run, sample_run
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
+from transformers import pipeline
 
 from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.evaluation.report import comparison_table
+from cxr_backbone.guard import GuardedPipeline
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.weights import load_inception_v3
 
@@ -155,6 +158,19 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was_loaded(real_run, real_we
     saved = load_file(real_run.path / "frozen/model.safetensors")
     for name, tensor in expected.state_dict().items():
         assert torch.equal(saved[f"cxr_inception.{name}"], tensor), name
+
+
+def test_the_guard_beside_the_model_passes_films_and_stops_a_blank(real_run, real_films):
+    guarded = pipeline(
+        "image-classification",
+        model=str(real_run.path / "fine_tuned"),
+        pipeline_class=GuardedPipeline,
+        trust_remote_code=False,
+    )
+    films = [str(film) for film in sorted((real_films / "test").glob("*/*"))]
+    outside = [answers[0]["out_of_distribution"] for answers in guarded(films)]
+    assert sum(outside) < len(films) / 2
+    assert guarded(Image.new("L", (300, 300), 128))[0]["out_of_distribution"]
 
 
 def test_real_features_tell_the_classes_apart(real_run):

@@ -114,7 +114,7 @@ def test_what_is_written_out_is_read_back_the_same(parse, tmp_path):
     [
         ("fine_tunning: {epochs: 1}", [], "no section 'fine_tunning'; did you mean 'fine_tuning'"),
         ("", ["--fozen.batch_size", "2"], "no section 'fozen'; did you mean 'frozen'"),
-        ("xyz: {a: 1}", [], "no section 'xyz'; known are data, evaluation, fine_tuning, frozen, model, run"),
+        ("xyz: {a: 1}", [], "no section 'xyz'; known are data, evaluation, fine_tuning, frozen, joint, model, run"),
         ("fine_tuning: {learning_rat: 1}", [], "no field fine_tuning.learning_rat; did you mean 'learning_rate'"),
         ("", ["--run.sed", "1"], "no field run.sed; did you mean 'seed'"),
         ("", ["--data.zzz", "1"], "no field data.zzz; known are allow_leaks, cache_dir"),
@@ -164,6 +164,9 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
         ("evaluation", "perturbed_views", -1),
         ("evaluation", "resamples", 99),
         ("evaluation", "external_source", "films.csv"),
+        ("joint", "films_source", "films.csv"),
+        ("joint", "batch_size", 0),
+        ("joint", "weight", -0.1),
         ("fine_tuning", "patience", 0),
         ("fine_tuning", "augmentation", 1.5),
         ("fine_tuning", "ema_decay", -0.1),

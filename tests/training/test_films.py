@@ -6,6 +6,7 @@ import shutil
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -15,7 +16,7 @@ from cxr_backbone.data.labels import label_names, make_features
 from cxr_backbone.data.splits import write_split
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.data.synthetic import draw_phantom
-from cxr_backbone.training.arguments import DataArguments, EvaluationArguments
+from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, JointArguments
 from cxr_backbone.training.films import (
     audit_films,
     check_classes,
@@ -23,6 +24,7 @@ from cxr_backbone.training.films import (
     check_not_trained_on,
     decode_external,
     decode_films,
+    decode_joint,
     open_films,
 )
 
@@ -105,6 +107,40 @@ def test_all_films_of_an_external_set_are_tested_whatever_their_split(table):
     assert decode_external(EvaluationArguments(), MODEL) == {}
 
 
+def beside(table, joined, **settings):
+    """Films for joint training beside those of `table`."""
+    config = joined.parent / "joint.yaml"
+    data = {"format": "table", "source": str(joined), "label_columns": ["label"], "patient_column": ""}
+    config.write_text(yaml.safe_dump({"data": data | {"cache_dir": str(joined.parent / "cache")}}))
+    arguments = JointArguments(films=str(config), **({"batch_size": 2} | settings))
+    return decode_joint(arguments, prepare(table), image_size=32, seed=0)
+
+
+def draw(folder, films):
+    """A table of films, of other phantoms than those of `table` if their numbers are others."""
+    folder.mkdir()
+    rows = [{"image": f"{film}.png", "label": "AP" if film % 3 else "PA"} for film in films]
+    for film, row in zip(films, rows, strict=True):
+        phantom = draw_phantom(film, opacity=film // 2 % 2 == 1, image_size=48)
+        Image.fromarray(phantom).save(folder / row["image"])
+    return write_table(folder / "films.csv", rows)
+
+
+def test_films_for_joint_training_have_labels_of_their_own(table, tmp_path):
+    joint = beside(table, draw(tmp_path / "others", range(100, 108)))
+    assert joint.widths == {"label": 2} and len(joint.others) == 8
+    own = {"pixels": torch.zeros(3, 1, 32, 32, dtype=torch.uint8), "image_id": ["a", "b", "c"]}
+    assert joint.beside(own, 0).pixels.shape == (5, 1, 32, 32)
+    assert decode_joint(JointArguments(), prepare(table), image_size=32, seed=0) is None
+
+
+def test_films_that_the_model_is_measured_on_are_not_for_joint_training(table, tmp_path):
+    measured = prepare(table).splits["test"]["image_id"][0]
+    leaked = draw(tmp_path / "others", [*range(100, 104), int(measured.removesuffix(".png"))])
+    with pytest.raises(ValueError, match=rf"joint\.yaml: 1 films stand in validation or test too, .*{measured}"):
+        beside(table, leaked)
+
+
 def test_an_external_set_may_be_small_and_its_patients_unknown(table):
     rows = [{"image": f"{film}.png", "label": ["NORMAL", "ILL"][film // 2 % 2]} for film in range(4)]
     write_table(table, rows)
@@ -142,6 +178,13 @@ def test_films_that_a_model_was_trained_on_are_not_tested_on(table, tmp_path):
     check_not_trained_on(prepare(table, seed=1), tmp_path / "no split.csv")
     with pytest.raises(ValueError, match=r"films of the validation split stood in train when .* --data\.split_file"):
         check_not_trained_on(prepare(table, seed=1), tmp_path / "split.csv")
+
+
+def test_films_of_joint_training_are_not_tested_on_either(table, tmp_path):
+    films = prepare(table)
+    write_split(datasets.DatasetDict(joint=films.splits["test"]), tmp_path / "joint.csv")
+    with pytest.raises(ValueError, match="6 films of the test split"):
+        check_not_trained_on(films, tmp_path / "split.csv")
 
 
 def test_labels_are_permuted_before_anything_is_learnt_from_them_but_not_in_test(table):

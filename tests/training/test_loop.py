@@ -247,6 +247,14 @@ def test_fine_tuning_unfreezes_what_phase_one_froze(phantoms):
     assert stem and not any(torch.equal(end[name], start[name]) for name in stem)
 
 
+def test_frozen_batch_norm_keeps_its_statistics_while_everything_else_learns(phantoms):
+    start, end = tiny_model().state_dict(), Run(phantoms, epochs=1, freeze_batch_norm=True).model.state_dict()
+    statistics = [name for name in start if "running_" in name]
+    assert statistics and all(torch.equal(end[name], start[name]) for name in statistics)
+    learnt = [name for name, parameter in tiny_model().named_parameters() if parameter.ndim > 1]
+    assert not any(torch.equal(end[name], start[name]) for name in learnt)
+
+
 def test_gradient_checkpointing_gives_the_same_run(phantoms):
     plain, checkpointed = (Run(phantoms, epochs=1, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.error is None

@@ -51,6 +51,15 @@ def test_the_model_is_the_one_that_was_asked_for():
     assert list(image_processor.image_mean) == list(image_processor.image_std) == [0.5] * 3
 
 
+def test_a_checkpoint_has_its_own_width(checkpoint):
+    model, _ = start_model(ModelArguments(init=str(checkpoint), image_size=75), NAMES)
+    assert model.config.depth_multiplier == 0.1
+    assert (
+        ModelArguments().depth_multiplier is None
+        and start_model(ModelArguments(), NAMES)[0].config.depth_multiplier == 1
+    )
+
+
 def test_a_start_from_nothing_hangs_on_torchs_seed():
     def start(seed):
         torch.manual_seed(seed)

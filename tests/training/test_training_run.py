@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from cxr_backbone import CXRInceptionForImageClassification, CXRInceptionImageProcessor
 from cxr_backbone.data.audit import audit
 from cxr_backbone.training import state
+from cxr_backbone.training.arguments import JointArguments
+from cxr_backbone.training.joint import JointTargets
 from cxr_backbone.training.state import RunDirectory, TrainingRun, read_log
 
 
@@ -152,6 +154,15 @@ def test_other_films_are_refused(begin, films, change, lines):
     splits = DatasetDict(films.splits | {"train": change(films.splits["train"])})
     with pytest.raises(ValueError, match=f"data.source has other films than when .*: {lines} of its split.csv differ"):
         begin(films=replace(films, splits=splits))
+
+
+def test_other_films_of_joint_training_are_refused(begin, films):
+    def joint(rows):
+        return replace(films, joint=JointTargets(films.train, rows, JointArguments(batch_size=2), seed=0))
+
+    end(begin(films=joint(films.splits["train"])))
+    with pytest.raises(ValueError, match=r"joint\.films has other films than when .*: 1 lines of its joint\.csv"):
+        begin(films=joint(fewer(films.splits["train"])))
 
 
 def test_other_initial_weights_are_refused(begin, arguments, tmp_path):

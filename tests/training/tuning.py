@@ -21,8 +21,8 @@ def few(phantoms):
 class Tuning:
     """A fine-tuning in a folder, whose state is saved after each update."""
 
-    def __init__(self, folder, films, *, save_minutes=0.0, **arguments):
-        self.films, self.arguments = films, FineTuningArguments(**(SETTINGS | arguments))
+    def __init__(self, folder, films, *, joint=None, save_minutes=0.0, **arguments):
+        self.films, self.joint, self.arguments = films, joint, FineTuningArguments(**(SETTINGS | arguments))
         self.accelerator = accelerator(self.arguments.gradient_accumulation_steps)
         self.run = training_run(folder, self.accelerator, save_minutes=save_minutes)
 
@@ -37,6 +37,7 @@ class Tuning:
             self.arguments,
             run=self.run,
             interruption=interruption or deaf_interruption(),
+            joint=self.joint,
             state=self.run.newest_state(),
         )
         return self

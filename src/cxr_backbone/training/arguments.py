@@ -144,7 +144,9 @@ class ModelArguments:
     )
     image_size: int = field(default=299, metadata={"help": "pixels"})
     num_channels: int = field(default=1, metadata={"help": "1 or 3"})
-    depth_multiplier: float = field(default=1.0, metadata={"help": "scales the width of every layer"})
+    depth_multiplier: float | None = field(
+        default=None, metadata={"help": "scales the width of every layer (1, or a checkpoint's own)"}
+    )
     dropout: float = field(default=0.2, metadata={"help": "in the head"})
     head_hidden_sizes: list[int] = field(default_factory=list, metadata={"help": "extra hidden layers of the head"})
     label_smoothing: float = field(default=0.0, metadata={"help": "of the training loss"})
@@ -206,6 +208,9 @@ class FineTuningArguments:
     evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
     patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
+    freeze_batch_norm: bool = field(
+        default=False, metadata={"help": "train with BatchNorm's statistics of the start, and leave them as they are"}
+    )
     sync_batch_norm: bool = field(
         default=False, metadata={"help": "BatchNorm over the batches of all processes together (GPUs only)"}
     )
@@ -222,6 +227,26 @@ class FineTuningArguments:
             _require(getattr(self, name) > 0, f"fine_tuning.{name}", getattr(self, name), "above 0")
         for name in ("augmentation", "ema_decay", "warmup_ratio"):
             _require(0 <= getattr(self, name) <= 1, f"fine_tuning.{name}", getattr(self, name), "in [0, 1]")
+
+
+@dataclass
+class JointArguments:
+    """Joint training: what phase two learns beside the labels, each thing by a head that is thrown away in the end.
+    Films of another source keep the backbone from forgetting what is not in the run's own; each of their labels and
+    subgroups gets a head."""
+
+    subgroups: list[str] = field(
+        default_factory=list, metadata={"help": "columns of the run's own films that get a head too, such as subtype"}
+    )
+    films: str | None = field(default=None, metadata={"help": "YAML file whose data section names them"})
+    films_source: str | None = field(default=None, metadata={"help": "its data.source, where that is elsewhere"})
+    batch_size: int = field(default=16, metadata={"help": "of them, beside each fine_tuning.batch_size films"})
+    weight: float = field(default=1.0, metadata={"help": "of the mean of the heads' losses, beside that of the labels"})
+
+    def __post_init__(self):
+        _require_at_least(self, "joint", batch_size=1, weight=0)
+        allowed = self.films_source is None or self.films is not None
+        _require(allowed, "joint.films_source", self.films_source, "nothing without joint.films")
 
 
 @dataclass
@@ -260,6 +285,7 @@ class Arguments:
     model: ModelArguments
     frozen: FrozenArguments
     fine_tuning: FineTuningArguments
+    joint: JointArguments
     evaluation: EvaluationArguments
 
 

@@ -26,11 +26,12 @@ from cxr_backbone.evaluation.operating_points import choose_operating_points
 from cxr_backbone.evaluation.predictions import Predictions
 from cxr_backbone.evaluation.report import comparison_table, operating_points_table
 from cxr_backbone.evaluation.results import examine
+from cxr_backbone.guard import Guard, pooled_stages
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import EvaluationArguments
 from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
-from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.batches import run_through, to_images, to_pixel_values
 from cxr_backbone.training.loop import plain_loss, predict
 from cxr_backbone.training.state import RunDirectory, save_model
 from cxr_backbone.weights import open_checkpoint
@@ -112,6 +113,22 @@ class Examiner:
             fold_temperature(candidate.model, temperature)
             asked = replace(asked, logits=asked.logits / np.asarray(temperature))
         candidate.config.operating_points = choose_operating_points(asked)
+
+    def fit_guard(self, candidate: Candidate, training: Dataset, validation: Dataset) -> Guard:
+        """An input check for a model, fitted to films that it was trained on; validation fixes the threshold."""
+        backbone = candidate.model.cxr_inception.fuse(torch.float32)  # as the pipeline runs it
+
+        def forward(pixel_values: Tensor) -> Tensor:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                return pooled_stages(backbone(pixel_values, output_hidden_states=True).hidden_states)
+
+        features = [
+            run_through(
+                forward, films, candidate.image_processor, self.accelerator, batch_size=self.batch_size, desc="guard"
+            )[0]
+            for films in (training, validation)
+        ]
+        return Guard.fit(*features)
 
     def predictions(self, candidate: Candidate, films: Dataset, **options: Any) -> Predictions:
         """What a model says of films."""

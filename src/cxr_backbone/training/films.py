@@ -15,13 +15,16 @@ from datasets import Dataset, DatasetDict, Features
 from cxr_backbone.configuration_cxr_inception import CXRInceptionConfig
 from cxr_backbone.data.audit import audit, leaks, summary
 from cxr_backbone.data.decoding import decode_once
+from cxr_backbone.data.duplicates import group_duplicates
+from cxr_backbone.data.film_table import read_films
 from cxr_backbone.data.labels import is_multi_label, label_counts, label_names, labels_of
 from cxr_backbone.data.shards import Stream, open_stream
 from cxr_backbone.data.sources import check_options, load_films
 from cxr_backbone.data.splits import all_films, complete_splits, permute_labels, repeat_split
 from cxr_backbone.data.streaming import FilmStream, decode_stream
-from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, parse_arguments
+from cxr_backbone.training.arguments import DataArguments, EvaluationArguments, JointArguments, parse_arguments
 from cxr_backbone.training.hardware import join_processes, main_process_first
+from cxr_backbone.training.joint import JointTargets
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ class Films:
     train_sample: films drawn at random from train, as many as validation has, to measure the model on.
     sealed_test: the test split with its `pixels`; `open_test` hands it out.
     unreadable: path and reason of each film that was left out.
+    joint: what is learnt beside the labels, `decode_joint`.
     """
 
     splits: DatasetDict
@@ -58,6 +62,7 @@ class Films:
     train_sample: Dataset
     sealed_test: Dataset = field(repr=False)
     unreadable: dict[str, str] = field(default_factory=dict)
+    joint: JointTargets | None = None
 
     def open_test(self, *configs: CXRInceptionConfig) -> Dataset:
         """The test split with its pixels, for models that have nothing left to choose.
@@ -136,23 +141,66 @@ def decode_external(evaluation: EvaluationArguments, config: CXRInceptionConfig)
     """
     if evaluation.external is None:
         return {}
-    source = ["--data.source", evaluation.external_source] if evaluation.external_source else []
-    data = parse_arguments([evaluation.external, "--run.output_dir", "unused", *source]).data
-    if data.streaming:
-        raise ValueError(f"{evaluation.external}: data.streaming has no place in an external set.")
-    options = _options_of_loader(data)
-    films = all_films(load_films(data.format, seed=0, image_size=config.image_size, carve=False, **options))
-    check_labels(films.features, config, evaluation.external)
+
+    def check(features: Features) -> None:
+        check_labels(features, config, str(evaluation.external))
+
+    films = _decode_all(evaluation.external, evaluation.external_source, config.image_size, check)
+    return {f"external {Path(evaluation.external).stem}": films}
+
+
+def decode_joint(joint: JointArguments, films: Films, *, image_size: int, seed: int) -> JointTargets | None:
+    """What is learnt beside the labels of `films`: of all films of the set that `joint.films` names, whatever their
+    split, and of `joint.subgroups`. None if there is neither.
+
+    Raises:
+        FileNotFoundError: no such YAML file, or as the loader.
+        ValueError: one of them stands in validation or test, films can't be read, or as the loader and `JointTargets`.
+    """
+    if joint.films is None:
+        return JointTargets(films.train, None, joint, seed=seed) if joint.subgroups else None
+    decoded = _decode_all(joint.films, joint.films_source, image_size)
+    asked = DatasetDict({name: films.splits[name] for name in ("validation", "test")})
     with main_process_first():
-        decoded = decode_once(
+        tables = [read_films(asked), read_films(DatasetDict(joint=decoded))]
+        group = group_duplicates(
+            [name for table in tables for name in table.pixel_hash],
+            [name for table in tables for name in table.perceptual_hash],
+            np.concatenate([table.thumbnails for table in tables]),
+        )
+    measured = len(tables[0].row)
+    seen = np.flatnonzero(np.isin(group[measured:], group[:measured]))
+    if len(seen):
+        raise ValueError(
+            f"{joint.films}: {len(seen)} films stand in validation or test too, for instance "
+            f"{decoded[int(seen[0])]['image_id']}; expected films that the model is not measured on."
+        )
+    return JointTargets(films.train, decoded, joint, seed=seed)
+
+
+def _decode_all(
+    file: str, source: str | None, image_size: int, check: Callable[[Features], None] = lambda _: None
+) -> Dataset:
+    """All films that the data section of a YAML file names, whatever their split.
+
+    Args:
+        source: its data.source, where that is elsewhere.
+        check: raises if the features of the films, which are not decoded yet, are not what they must be.
+    """
+    data = parse_arguments([file, "--run.output_dir", "unused", *(["--data.source", source] if source else [])]).data
+    if data.streaming:
+        raise ValueError(f"{file}: data.streaming has no place in a set that is taken whole.")
+    films = all_films(load_films(data.format, seed=0, image_size=image_size, carve=False, **_options_of_loader(data)))
+    check(films.features)
+    with main_process_first():
+        return decode_once(
             films,
-            config.image_size,
+            image_size,
             data.cache_dir,
             reduced=data.decoding == "reduced",
             on_unreadable=_warn_of_unreadable if data.unreadable == "skip" else None,
             num_proc=data.num_workers or None,
         )
-    return {f"external {Path(evaluation.external).stem}": decoded}
 
 
 def audit_films(films: Films, data: DataArguments) -> dict[str, Any]:
@@ -196,15 +244,17 @@ def check_not_trained_on(films: Films, split_file: Path) -> None:
     """Films that a model was trained on say nothing of it. Where there is no such file, nothing is known.
 
     Args:
-        split_file: split.csv of the run that trained the model.
+        split_file: split.csv of the run that trained the model; joint.csv, if there is one, lies beside it.
 
     Raises:
-        ValueError: validation or test films stood in its train split.
+        ValueError: validation or test films stood in its train split, or were trained on jointly.
     """
-    if not split_file.is_file():
-        return
-    with split_file.open(newline="", encoding="utf-8") as file:
-        trained = {(line["image_id"], line["patient_id"]) for line in csv.DictReader(file) if line["split"] == "train"}
+    trained = set()
+    for listing in (split_file, split_file.with_name("joint.csv")):
+        if listing.is_file():
+            with listing.open(newline="", encoding="utf-8") as file:
+                lines = [line for line in csv.DictReader(file) if line["split"] in ("train", "joint")]
+            trained |= {(line["image_id"], line["patient_id"]) for line in lines}
     for split in ("validation", "test"):
         rows = films.splits[split]
         ids = zip(rows["image_id"][:], (patient or "" for patient in rows["patient_id"][:]), strict=True)

@@ -25,6 +25,7 @@ from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
 from cxr_backbone.training.batches import Batch, run_through, to_images, to_pixel_values, training_loader
 from cxr_backbone.training.hardware import inference_copy
 from cxr_backbone.training.interruption import Interruption
+from cxr_backbone.training.joint import JointBatch, JointModel, JointTargets
 from cxr_backbone.training.nonfinite import NonfiniteError, NonfiniteGuard
 from cxr_backbone.training.state import TrainingRun
 
@@ -99,7 +100,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: CXRInceptionForImageClassification,
+        model: CXRInceptionForImageClassification | JointModel,
         train_films: Dataset | FilmStream,
         validation_films: Dataset,
         image_processor: CXRInceptionImageProcessor,
@@ -110,8 +111,10 @@ class Trainer:
         *,
         run: TrainingRun,
         interruption: Interruption,
+        joint: JointTargets | None = None,
     ):
-        """`make_scheduler` takes the number of updates that the whole training makes."""
+        """`make_scheduler` takes the number of updates that the whole training makes; `joint` goes with a
+        `JointModel`."""
         self.validation_films, self.image_processor = validation_films, image_processor
         self.accelerator, self.arguments, self.run, self.interruption = accelerator, arguments, run, interruption
         self.settings = run.arguments.run
@@ -119,7 +122,8 @@ class Trainer:
         _take_from_main_process(model, accelerator)
         # Copied before `prepare`, which patches the forward method of what it is given.
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
-        self.averaged = cast(CXRInceptionForImageClassification, self.average.module)
+        averaged = self.average.module.model if joint else self.average.module
+        self.averaged, self.joint = cast(CXRInceptionForImageClassification, averaged), joint
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.steps_per_epoch = len(self.loader)
         # `accumulate` updates at an epoch's last batch too, however few came before it.
@@ -158,6 +162,8 @@ class Trainer:
         with tqdm(total=total, initial=progress.steps, desc="fine-tuning", disable=disable) as bar:
             for epoch in range(progress.steps // self.steps_per_epoch, epochs):
                 self.model.train()
+                if self.arguments.freeze_batch_norm:
+                    freeze_batch_norm(self.model)
                 self.loader.set_epoch(epoch)
                 for batch in islice(self.loader, progress.steps - epoch * self.steps_per_epoch, None):
                     self._step(batch)
@@ -169,12 +175,18 @@ class Trainer:
         # The number of the batch among those of all processes: one process that accumulates gradients over two batches
         # draws what two processes draw.
         number = self.progress.steps * self.accelerator.num_processes + self.accelerator.process_index
-        images = self.augmentation(to_images(batch["pixels"]), seed=self.settings.seed * SEEDS_A_RUN + number)
+        films = self.joint.beside(batch, number) if self.joint else JointBatch(batch["pixels"], batch["image_id"], {})
+        images = self.augmentation(to_images(films.pixels), seed=self.settings.seed * SEEDS_A_RUN + number)
+        pixel_values = to_pixel_values(images, self.image_processor)
         with self.accelerator.accumulate(self.model):
-            loss = self.model(to_pixel_values(images, self.image_processor), labels=batch["label"]).loss
-            self.accelerator.backward(loss)
+            if self.joint:
+                loss, beside = self.model(pixel_values, batch["label"], films.targets)
+                objective = loss + self.joint.weight * beside
+            else:
+                loss = objective = self.model(pixel_values, labels=batch["label"]).loss
+            self.accelerator.backward(objective)
             self.unlogged.append(loss.detach())
-            self.guard.watch(loss.detach(), batch["image_id"])
+            self.guard.watch(objective.detach(), films.image_ids)
             self.progress.steps += 1
             if self.accelerator.sync_gradients:
                 self._update()
@@ -308,6 +320,13 @@ class Trainer:
         """For each flag, whether any process has it set."""
         numbers = torch.stack([torch.as_tensor(flag, device=self.accelerator.device).float() for flag in flags])
         return _Flags(self.accelerator.reduce(numbers))
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Put every BatchNorm layer into eval mode, until the next `.train()`."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
 
 
 class _Flags:

@@ -19,6 +19,7 @@ from cxr_backbone.layers_cxr_inception import CXRInceptionHead
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.arguments import FineTuningArguments, FrozenArguments
 from cxr_backbone.training.interruption import Interruption
+from cxr_backbone.training.joint import JointModel, JointTargets
 from cxr_backbone.training.loop import Trainer, plain_loss
 from cxr_backbone.training.nonfinite import NonfiniteError
 from cxr_backbone.training.state import TrainingRun
@@ -93,11 +94,13 @@ def fine_tune(
     *,
     run: TrainingRun,
     interruption: Interruption,
+    joint: JointTargets | None = None,
     state: dict[str, Any] | None = None,
 ) -> None:
     """Phase two: train the whole network, lower stages at lower rates, as `loop.Trainer` says.
 
     Args:
+        joint: what is learnt beside the labels.
         state: of `run.newest_state`, to go on from.
     """
     model.unfreeze_backbone()
@@ -106,13 +109,14 @@ def fine_tune(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = make_optimizer(model, arguments, accelerator)
+    trained = JointModel(model, joint.widths) if joint else model
+    optimizer = make_optimizer(trained, arguments, accelerator)
 
     def make_scheduler(updates: int):
         return get_cosine_schedule_with_warmup(optimizer, round(arguments.warmup_ratio * updates), updates)
 
     trainer = Trainer(
-        model,
+        trained,
         train_films,
         validation_films,
         image_processor,
@@ -122,25 +126,31 @@ def fine_tune(
         make_scheduler,
         run=run,
         interruption=interruption,
+        joint=joint,
     )
     trainer.train(state)
 
 
 def make_optimizer(
-    model: CXRInceptionForImageClassification, arguments: FineTuningArguments, accelerator: Accelerator
+    model: CXRInceptionForImageClassification | JointModel, arguments: FineTuningArguments, accelerator: Accelerator
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`, fused, except under fp16: its scaler leaves a step out by itself, unless the
     optimizer is a fused one."""
     return torch.optim.AdamW(parameter_groups(model, arguments), fused=accelerator.scaler is None)
 
 
-def parameter_groups(model: CXRInceptionForImageClassification, arguments: FineTuningArguments) -> list[dict]:
-    """Optimizer groups: the head at `learning_rate`, each stage below it at `stage_decay` times the rate above it, and
-    weight decay on the weights of convolutions and linear layers only."""
-    stages = list(model.cxr_inception.encoder.stages.children())  # stem first
-    heads = nn.ModuleList(module for name, module in model.named_children() if name != model.base_model_prefix)
+def parameter_groups(
+    model: CXRInceptionForImageClassification | JointModel, arguments: FineTuningArguments
+) -> list[dict]:
+    """Optimizer groups: the heads at `learning_rate`, each stage below them at `stage_decay` times the rate above it,
+    and weight decay on the weights of convolutions and linear layers only."""
+    classifier = model.model if isinstance(model, JointModel) else model
+    stages = list(classifier.cxr_inception.encoder.stages.children())  # stem first
+    heads = [module for name, module in classifier.named_children() if name != classifier.base_model_prefix]
+    if isinstance(model, JointModel):
+        heads.append(model.heads)
     groups = []
-    for depth, module in enumerate([heads, *reversed(stages)]):
+    for depth, module in enumerate([nn.ModuleList(heads), *reversed(stages)]):
         rate = arguments.learning_rate * arguments.stage_decay**depth
         decayed = [parameter for parameter in module.parameters() if parameter.ndim > 1]
         plain = [parameter for parameter in module.parameters() if parameter.ndim == 1]

@@ -23,15 +23,15 @@ def start_model(
     settings: dict[str, Any] = {
         "image_size": arguments.image_size,
         "num_channels": arguments.num_channels,
-        "depth_multiplier": arguments.depth_multiplier,
         "dropout": arguments.dropout,
         "head_hidden_sizes": arguments.head_hidden_sizes,
         "label_smoothing": arguments.label_smoothing,
         "id2label": dict(enumerate(label_names)),
         "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
     }
-    if arguments.avg_pool_count_include_pad is not None:
-        settings["avg_pool_count_include_pad"] = arguments.avg_pool_count_include_pad
+    for name in ("depth_multiplier", "avg_pool_count_include_pad"):
+        if getattr(arguments, name) is not None:
+            settings[name] = getattr(arguments, name)
 
     if arguments.init is None:
         image_processor = CXRInceptionImageProcessor(

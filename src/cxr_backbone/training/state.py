@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from datasets import DatasetDict
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
@@ -40,8 +41,9 @@ LOCK_SECONDS = 10  # that a run directory may stay locked by the workers of a pr
 class RunDirectory:
     """A new directory with
 
-    config.yaml (resolved), external.yaml (names the films of another source, if there are any), environment.json,
-    split.csv (which film is on which side; `data.split_file` of another run takes it), audit.json and audit.html (what
+    config.yaml (resolved), external.yaml and joint.yaml (name films of other sources, if there are any),
+    environment.json, split.csv (which film is on which side; `data.split_file` of another run takes it), joint.csv (the
+    films of joint training), audit.json and audit.html (what
     the data told on themselves), unreadable.csv (films that were skipped, if any), metrics.json, predictions/
     (Parquet, a file for each model and split), report.html, films.png and figures/.
 
@@ -59,9 +61,11 @@ class RunDirectory:
         if not accelerator.is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        if arguments.evaluation.external:
-            shutil.copyfile(arguments.evaluation.external, self.path / "external.yaml")
-        write_split(films.splits, self.path / "split.csv")
+        for name, about in (("external", arguments.evaluation.external), ("joint", arguments.joint.films)):
+            if about:
+                shutil.copyfile(about, self.path / f"{name}.yaml")
+        for name, listed in _listings(films).items():
+            write_split(listed, self.path / name)
         self.write_audit(films, report)
         self.write_json("environment.json", describe_environment(accelerator, arguments.model.init))
         with replacing(self.path / "config.yaml") as file:  # the last: where it is, the others are
@@ -253,16 +257,18 @@ class TrainingRun(RunDirectory):
             )
 
     def _check_films(self, films: Films) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            write_split(films.splits, Path(folder) / "split.csv")
-            now = (Path(folder) / "split.csv").read_text().splitlines()
-        before = (self.path / "split.csv").read_text().splitlines()
-        if before != now:
-            changed = len(set(before) ^ set(now)) or "the order of the"
-            raise ValueError(
-                f"data.source has other films than when {self.path} was started: {changed} lines of its split.csv "
-                "differ. Expected the same films, or a new run.output_dir."
-            )
+        for name, listed in _listings(films).items():
+            with tempfile.TemporaryDirectory() as folder:
+                write_split(listed, Path(folder) / name)
+                now = (Path(folder) / name).read_text().splitlines()
+            before = (self.path / name).read_text().splitlines()
+            if before != now:
+                changed = len(set(before) ^ set(now)) or "the order of the"
+                source = {"split.csv": "data.source", "joint.csv": "joint.films"}[name]
+                raise ValueError(
+                    f"{source} has other films than when {self.path} was started: {changed} lines of its {name} "
+                    "differ. Expected the same films, or a new run.output_dir."
+                )
 
     def _check_environment(self, now: dict[str, Any]) -> None:
         before = json.loads((self.path / "environment.json").read_text())
@@ -274,6 +280,14 @@ class TrainingRun(RunDirectory):
         if changed := differences(before, now):
             logger.warning("Going on where some things changed, so not to the bit: %s.", "; ".join(changed))
             self.write_json("environment.json", before | {"resumed": [*resumed, changed]})
+
+
+def _listings(films: Films) -> dict[str, DatasetDict]:
+    """What the files of a run that list its films hold."""
+    listings = {"split.csv": films.splits}
+    if films.joint and films.joint.others is not None:
+        listings["joint.csv"] = DatasetDict(joint=films.joint.others)
+    return listings
 
 
 def save_model(
