@@ -1,40 +1,13 @@
 """The benchmarks of speed, on a narrow network and a few drawn films: what they print, not how fast this machine is."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
+from tables import names, number, run
 
 from cxr_backbone.data.synthetic import draw_phantom
 
-ROOT = Path(__file__).parents[2]
 NARROW = ["--model.depth_multiplier", "0.1", "--model.image_size", "75", "--data.num_patients", "60"]
 SAMPLE = ["recipes/configs/sample.yaml", *NARROW]
-
-
-def run(script, *options):
-    """The tables that a benchmark prints, each as rows of cells without the header, and all that it prints."""
-    command = [sys.executable, f"benchmarks/{script}.py", *map(str, options)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert process.returncode == 0, process.stderr
-    tables = [[]]
-    for line in process.stdout.splitlines():
-        if line.startswith("|"):
-            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif tables[-1]:
-            tables.append([])
-    return [table[2:] for table in tables if table], process.stdout
-
-
-def names(table):
-    return [row[0] for row in table]
-
-
-def number(cell):
-    """The first one in a cell."""
-    return float(cell.split()[0].replace(",", ""))
 
 
 def test_inference_times_every_way_to_run_the_network():
