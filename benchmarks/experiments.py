@@ -4,11 +4,12 @@ python benchmarks/experiments.py recipes/configs/pneumonia.yaml --name plain --o
     --nih path/to/nih-subset/labels.csv [--section.field value ...]
 
 The test split plays no part. Validation is asked as it is and under shifts that no training makes in this strength
-(darker, brighter, flatter, blurred, cropped): AUROC of all shifted films together, which one threshold has to serve,
-and their mean loss. What the backbone is worth for other films is asked of linear probes, the mean AUROC of folds by
-patient: opacity or normal and NIH's pneumonia on the adults with even patient numbers (those with odd ones are what
-`reuse.py` tests on), bacteria or virus on the pneumonias of validation. `kept` is how much of what fine-tuning changed
-is kept: 1 is the model that validation chose, 0 the frozen one, between them both are interpolated.
+(darker, brighter, flatter, blurred, cropped, stretched either way): AUROC of all shifted films together, which one
+threshold has to serve, and their mean loss. What the backbone is worth for other films is asked of linear probes, the
+mean AUROC of folds by patient: opacity or normal and NIH's pneumonia on the adults with even patient numbers (those
+with odd ones are what `reuse.py` tests on), bacteria or virus on the pneumonias of validation. `kept` is how much of
+what fine-tuning changed is kept: 1 is the model that validation chose, 0 the frozen one, between them both are
+interpolated.
 
 Each variant is a line of <output_dir>/results.jsonl. One that was stopped goes on; of one that is done the table alone
 is printed.
@@ -55,7 +56,10 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "brighter": lambda images: images**0.55,
     "flatter": lambda images: 0.25 + images / 2,
     "blurred": lambda images: gaussian_blur2d(images, (9, 9), (2.0, 2.0)),
-    "cropped": lambda images: F.interpolate(_middle(images), images.shape[-2:], mode="bilinear"),
+    "cropped": lambda images: _middle(images, 0.8, 0.8),
+    # What the set's squashed squares give away: pneumonias were wider on file than normal films.
+    "wider": lambda images: _middle(images, 1.0, 0.83),
+    "narrower": lambda images: _middle(images, 0.83, 1.0),
 }
 FIGURES = ["auroc", "loss", "shifted auroc", "shifted loss", "opacity (RSNA)", "pneumonia (NIH)", "virus"]
 
@@ -164,9 +168,12 @@ def _auroc(logits: Tensor, labels: Tensor) -> float:
     return float(roc_auc_score(labels.numpy(), (logits[:, 1] - logits[:, 0]).numpy()))
 
 
-def _middle(images: Tensor) -> Tensor:
-    height, width = (size // 10 for size in images.shape[-2:])
-    return images[..., height:-height, width:-width]
+def _middle(images: Tensor, of_height: float, of_width: float) -> Tensor:
+    """The middle of images, stretched to their size."""
+    shares = zip(images.shape[-2:], (of_height, of_width), strict=True)
+    top, left = (round(size * (1 - share) / 2) for size, share in shares)
+    height, width = images.shape[-2:]
+    return F.interpolate(images[..., top : height - top, left : width - left], (height, width), mode="bilinear")
 
 
 if __name__ == "__main__":

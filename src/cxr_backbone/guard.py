@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ImageClassificationPipeline
@@ -91,10 +92,13 @@ class Guard:
         Raises:
             ValueError: there is none, or its file is damaged.
         """
-        file = Path(source) / FILE
+        file: Path | None = Path(source) / FILE
         if not Path(source).is_dir():
-            file = Path(hf_hub_download(str(source), FILE, revision=revision))
-        if not file.is_file():
+            try:
+                file = Path(hf_hub_download(str(source), FILE, revision=revision))
+            except EntryNotFoundError:
+                file = None
+        if file is None or not file.is_file():
             raise ValueError(f"{source} has no {FILE}; expected a model of recipes/two_stage.py.")
         try:
             return cls(**load_file(file))

@@ -13,8 +13,10 @@ from PIL import Image
 
 from cxr_backbone import CXRInceptionConfig, CXRInceptionForImageClassification, CXRInceptionImageProcessor
 from cxr_backbone.data.synthetic import draw_phantom
+from cxr_backbone.guard import FILE, Guard
 
 REPO, PRIVATE, TURNED = "org/cxr-inception", "org/cxr-private", "org/cxr-turned"
+GUARDED = "org/cxr-guarded"
 CLASSES = [
     *("CXRInceptionConfig", "CXRInceptionImageProcessor", "CXRInceptionModel"),
     *("CXRInceptionForImageClassification", "CXRInceptionBackbone", "CXRInceptionForImageClassification"),
@@ -225,6 +227,27 @@ def test_a_folder_opens_without_a_single_request(machine, hub, home, film, folde
     found = load(machine, {"folder": (str(folder), {})}, film, environment)
     assert_same(found["folder"], values)
     assert hub.requests == before
+
+
+def test_the_guard_comes_with_the_model_at_its_revision_or_is_missed_by_name(hub, home, film, folders):
+    """The first version has one that stops everything, the second has none."""
+    (first, second), _ = folders
+    strict = Guard(torch.zeros(9), torch.eye(9)[:1], torch.ones(2), torch.tensor(-1.0))
+    strict.save(home)
+    repo = hub.add_repo(GUARDED, contents(first) | {FILE: (home / FILE).read_bytes()})
+    sha = repo.head.sha
+    repo.commit("without", contents(second))
+    lines = f"""
+from cxr_backbone.guard import Guard, GuardedPipeline
+pinned = open_pipeline({GUARDED!r}, revision={sha!r})
+guard = Guard.from_pretrained({GUARDED!r}, pinned.model.config._commit_hash)
+try:
+    open_pipeline({GUARDED!r}, pipeline_class=GuardedPipeline, trust_remote_code=False)
+except ValueError as error:
+    result = [guard.threshold.item(), str(error)]
+"""
+    threshold, error = run(PACKAGE.start + OPENERS + lines, hub.environment(home / "cache-guard"), home)
+    assert threshold == -1 and error.startswith(f"{GUARDED} has no {FILE}")
 
 
 # Remote code
