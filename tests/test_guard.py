@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import pipeline
 
 from cxr_backbone.data.synthetic import draw_phantom
-from cxr_backbone.guard import FILE, SHARE_OUTSIDE, Guard, GuardedPipeline, pooled_stages
+from cxr_backbone.guard import FILE, SHARE_OUTSIDE, Guard, guarded_pipeline, pooled_stages
 
 FEATURES = 40
 
@@ -77,7 +77,7 @@ def classify(tmp_path_factory):
     Guard.fit(features_of(model, range(60)), features_of(model, range(60, 100))).save(folder)
     model.save_pretrained(folder)
     PROCESSOR.save_pretrained(folder)
-    return pipeline("image-classification", model=str(folder), pipeline_class=GuardedPipeline, trust_remote_code=False)
+    return guarded_pipeline(folder)
 
 
 def pictures():

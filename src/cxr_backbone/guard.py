@@ -1,6 +1,6 @@
 """An input check: is a picture like the films that a model was trained on? The backbone's own features tell.
 
-    classify = pipeline("image-classification", model="org/cxr-inception", pipeline_class=GuardedPipeline)
+    classify = guarded_pipeline("org/cxr-inception")
 
 A photo, an ankle, a negative or a blank picture gets scores like any film. Here each answer also says whether the
 picture is `out_of_distribution`: farther from the training films than all but 1 % of the validation films are.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import ImageClassificationPipeline
+from transformers import ImageClassificationPipeline, pipeline
 from transformers.utils import ModelOutput
 
 from cxr_backbone.training.atomic import replacing
@@ -106,14 +106,29 @@ class Guard:
             raise ValueError(f"{file} is no guard: {error}") from error
 
 
+def guarded_pipeline(source: str | Path, *, revision: str | None = None, **options: Any) -> GuardedPipeline:
+    """Image classification by a model and the guard beside it, both of one revision.
+
+    Args:
+        source: a folder, or a repository of the Hub.
+        options: of `transformers.pipeline`, such as `device`.
+
+    Raises:
+        ValueError: as `Guard.from_pretrained`.
+        OSError: (of transformers) the Hub can't be reached, or there is no such model.
+    """
+    guard = Guard.from_pretrained(source, revision)
+    options |= {"pipeline_class": GuardedPipeline, "guard": guard, "trust_remote_code": False}
+    guarded = pipeline("image-classification", model=str(source), revision=revision, **options)
+    return cast(GuardedPipeline, guarded)
+
+
 class GuardedPipeline(ImageClassificationPipeline):
     """Image classification whose answers also have `out_of_distribution`; what is so is logged as a warning."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, guard: Guard, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.guard = Guard.from_pretrained(
-            self.model.name_or_path or "", getattr(self.model.config, "_commit_hash", None)
-        )
+        self.guard = guard
 
     # (Each method's parents disagree about its arguments.)
     def _forward(self, model_inputs: Any) -> ModelOutput:  # type: ignore[override]

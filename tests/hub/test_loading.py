@@ -238,13 +238,12 @@ def test_the_guard_comes_with_the_model_at_its_revision_or_is_missed_by_name(hub
     sha = repo.head.sha
     repo.commit("without", contents(second))
     lines = f"""
-from cxr_backbone.guard import Guard, GuardedPipeline
-pinned = open_pipeline({GUARDED!r}, revision={sha!r})
-guard = Guard.from_pretrained({GUARDED!r}, pinned.model.config._commit_hash)
+from cxr_backbone.guard import guarded_pipeline
+pinned = guarded_pipeline({GUARDED!r}, revision={sha!r})
 try:
-    open_pipeline({GUARDED!r}, pipeline_class=GuardedPipeline, trust_remote_code=False)
+    guarded_pipeline({GUARDED!r})
 except ValueError as error:
-    result = [guard.threshold.item(), str(error)]
+    result = [pinned.guard.threshold.item(), str(error)]
 """
     threshold, error = run(PACKAGE.start + OPENERS + lines, hub.environment(home / "cache-guard"), home)
     assert threshold == -1 and error.startswith(f"{GUARDED} has no {FILE}")

@@ -10,11 +10,10 @@ import torch
 from narrow import PROCESSOR, in_use, tiny_model
 from PIL import Image
 from running import ROOT
-from transformers import pipeline
 
 from cxr_backbone import CXRInceptionForImageClassification
 from cxr_backbone.data.synthetic import draw_phantom
-from cxr_backbone.guard import GuardedPipeline
+from cxr_backbone.guard import guarded_pipeline
 
 
 def probe(folder, *words):
@@ -60,9 +59,9 @@ def test_it_is_measured_as_a_training_is(probed):
 
 def test_the_pipeline_opens_it(probed):
     folder, _ = probed
-    model = str(folder / "run/linear_probe")
-    classify = pipeline("image-classification", model=model, pipeline_class=GuardedPipeline, trust_remote_code=False)
-    answers = classify(Image.fromarray(draw_phantom(1, opacity=True, image_size=90)))
+    answers = guarded_pipeline(folder / "run/linear_probe")(
+        Image.fromarray(draw_phantom(1, opacity=True, image_size=90))
+    )
     assert {answer["label"] for answer in answers} == {"NORMAL", "PNEUMONIA"}
     assert not answers[0]["out_of_distribution"]
 

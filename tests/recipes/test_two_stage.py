@@ -11,11 +11,10 @@ from PIL import Image
 from running import Run, sample_run
 from safetensors.torch import load_file
 from sklearn.metrics import log_loss, roc_auc_score
-from transformers import pipeline
 
 from cxr_backbone import CXRInceptionConfig
 from cxr_backbone.evaluation.report import comparison_table
-from cxr_backbone.guard import GuardedPipeline
+from cxr_backbone.guard import guarded_pipeline
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.weights import load_inception_v3
 
@@ -161,12 +160,7 @@ def test_the_frozen_phase_leaves_the_backbone_as_it_was_loaded(real_run, real_we
 
 
 def test_the_guard_beside_the_model_passes_films_and_stops_a_blank(real_run, real_films):
-    guarded = pipeline(
-        "image-classification",
-        model=str(real_run.path / "fine_tuned"),
-        pipeline_class=GuardedPipeline,
-        trust_remote_code=False,
-    )
+    guarded = guarded_pipeline(real_run.path / "fine_tuned")
     films = [str(film) for film in sorted((real_films / "test").glob("*/*"))]
     outside = [answers[0]["out_of_distribution"] for answers in guarded(films)]
     assert sum(outside) < len(films) / 2
