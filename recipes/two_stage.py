@@ -89,8 +89,9 @@ def train(run, films, external, model, image_processor, accelerator, interruptio
                 batch_size=batch_size,
                 cache_dir=run.path / "features",
             )
-            strength, seed = arguments.fine_tuning.augmentation, arguments.run.seed
-            views = [None, *(View(number, strength, seed) for number in range(arguments.frozen.augmented_views))]
+            tuning, seed = arguments.fine_tuning, arguments.run.seed
+            numbers = range(arguments.frozen.augmented_views)
+            views = [None, *(View(number, tuning.augmentation, seed, tuning.stretch) for number in numbers)]
             of_train = [extract(films=films.train, view=view) for view in views]
             fit_head(model, of_train, extract(films=validation), arguments.frozen, run.log)
             run.save_model(run.frozen, model, image_processor)

@@ -38,8 +38,20 @@ def test_films_stay_grey_images_from_0_to_1(films, strength):
     assert changed.std(dim=(1, 2, 3)).min() > 0.03  # something is still to be seen on each
 
 
-def test_strength_0_changes_nothing(films):
-    assert torch.equal(Augmentation(0.0)(films, seed=0), films)
+@pytest.mark.parametrize("stretch", [False, True])
+def test_strength_0_changes_nothing(films, stretch):
+    assert torch.equal(Augmentation(0.0, stretch=stretch)(films, seed=0), films)
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+def test_proportions_stay_unless_they_are_stretched(stretch):
+    """A square in the middle, told from what else is done to it by its width and height."""
+    square = torch.zeros(64, 1, 96, 96)
+    square[..., 33:63, 33:63] = 1.0
+    changed = Augmentation(0.5, stretch=stretch)(square, seed=0)[:, 0] > 0.4
+    heights, widths = changed.sum(dim=1).amax(dim=1), changed.sum(dim=2).amax(dim=1)  # of columns, of rows
+    ratios = widths / heights
+    assert (ratios.std() > 0.1) == stretch
 
 
 def test_more_strength_changes_more(films):

@@ -178,7 +178,10 @@ class FrozenArguments:
     max_iterations: int = field(default=1000, metadata={"help": "of L-BFGS, a strength"})
     batch_size: int = field(default=64, metadata={"help": "images per forward pass of the frozen backbone"})
     augmented_views: int = field(
-        default=0, metadata={"help": "of each film that the head sees too, as strong as fine_tuning.augmentation"}
+        default=0,
+        metadata={
+            "help": "of each film that the head sees too, as fine_tuning.augmentation and fine_tuning.stretch say"
+        },
     )
 
     def __post_init__(self):
@@ -205,6 +208,7 @@ class FineTuningArguments:
         default=0.99, metadata={"help": "of the moving average of the weights that is evaluated and kept"}
     )
     augmentation: float = field(default=1.0, metadata={"help": "strength in [0, 1]; 0 turns it off"})
+    stretch: bool = field(default=False, metadata={"help": "augmentation scales width and height apart"})
     evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
     patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})

@@ -13,18 +13,21 @@ class Augmentation(nn.Module):
 
     Args:
         strength: in [0, 1]; scales every range. 0 changes nothing.
+        stretch: scale width and height apart. Films of all shapes are squeezed into a square, and where shape goes with
+            the label, proportions give it away.
     """
 
-    def __init__(self, strength: float):
+    def __init__(self, strength: float, *, stretch: bool = False):
         super().__init__()
         s = strength
+        sizes = (1 - 0.2 * s, 1 + 0.35 * s) * 2 if stretch else (1 - 0.15 * s, 1 + 0.25 * s)
         self.layers = nn.Sequential()
         if s > 0:
             self.layers = nn.Sequential(
                 K.RandomAffine(
                     degrees=12 * s,
                     translate=(0.08 * s, 0.08 * s),
-                    scale=(1 - 0.15 * s, 1 + 0.25 * s),
+                    scale=sizes,
                     shear=6 * s,
                     p=0.9,
                 ),

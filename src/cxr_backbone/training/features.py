@@ -28,6 +28,7 @@ class View(NamedTuple):
     number: int
     strength: float
     seed: int
+    stretch: bool = False
 
 
 def extract_features(
@@ -101,7 +102,8 @@ class _Augmented:
     """The images of each batch as a view shows them, the same whenever it is asked about that batch."""
 
     def __init__(self, view: View, films: int, batch_size: int, accelerator: Accelerator):
-        self.augmentation, processes = Augmentation(view.strength), accelerator.num_processes
+        self.augmentation = Augmentation(view.strength, stretch=view.stretch)
+        processes = accelerator.num_processes
         batches = films // batch_size + processes  # at most, of all processes
         first = view.seed * SEEDS_A_RUN + view.number * batches + accelerator.process_index
         self.seeds = itertools.count(first, step=processes)

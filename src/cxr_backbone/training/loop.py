@@ -129,7 +129,7 @@ class Trainer:
         # `accumulate` updates at an epoch's last batch too, however few came before it.
         updates = arguments.epochs * math.ceil(self.steps_per_epoch / arguments.gradient_accumulation_steps)
         self.scheduler = make_scheduler(updates)
-        self.augmentation = Augmentation(arguments.augmentation)
+        self.augmentation = Augmentation(arguments.augmentation, stretch=arguments.stretch)
         self.guard = NonfiniteGuard(self.model, accelerator, arguments.nonfinite, run)
         # To wait for a GPU at each step leaves it idle. But what is to be skipped, or scaled, must be known at once.
         waits = accelerator.device.type == "cpu" or arguments.nonfinite == "skip" or accelerator.scaler is not None
