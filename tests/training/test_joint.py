@@ -156,19 +156,23 @@ def test_the_heads_are_trained_at_the_rate_of_the_classifier():
     assert rates[id(both.heads[0].weight)] == rates[id(both.model.classifier.output_layer.weight)] == 0.1
 
 
-def test_a_backbone_trained_jointly_knows_what_a_backbone_trained_alone_does_not(phantoms, others, tmp_path):
-    """The class of the phantoms under another name, while the run's own labels are noise."""
-    films = few(phantoms)
-    settings = {"epochs": 12, "learning_rate": 5e-3, "stage_decay": 1.0, "ema_decay": 0.0, "augmentation": 0.0}
-    marked = phantoms["train"].select(range(12)).add_column("mark", [str(n // 6) for n in range(12)])
-    run = Tuning(tmp_path, films, joint=joint(marked, weight=5.0), save_minutes=100, **settings).train()
-    state = run.state(run.saved[-1])["model"]
-    both = JointModel(tiny_model(dropout=0.3), {"label": 2, "subtype": 2, "mark": 2})
-    both.load_state_dict(state)
+def test_what_is_known_of_the_other_films_is_learnt(phantoms, tmp_path):
+    """Some of them are dark."""
+
+    def mark(row, number):
+        is_dark = number % 2 == 1
+        pixels = np.frombuffer(bytes(row["pixels"]), np.uint8)
+        return {"pixels": (pixels // 8 if is_dark else pixels).tobytes(), "kind": "AB"[is_dark]}
+
+    marked = phantoms["train"].select(range(12)).map(mark, with_indices=True)
+    settings = {"epochs": 8, "learning_rate": 5e-3, "stage_decay": 1.0, "ema_decay": 0.0, "augmentation": 0.0}
+    run = Tuning(tmp_path, few(phantoms), joint=joint(marked, weight=5.0), save_minutes=100, **settings).train()
+    both = JointModel(tiny_model(dropout=0.3), {"label": 2, "subtype": 2, "kind": 2})
+    both.load_state_dict(run.state(run.saved[-1])["model"])
     with torch.no_grad():
         features = both.train().model.cxr_inception(all_pixel_values(marked)).pooler_output
         told = both.heads[2](features).argmax(dim=1)
-    assert (told == torch.tensor([0] * 6 + [1] * 6)).float().mean() > 0.9
+    assert (told == torch.tensor([0, 1] * 6)).sum() >= 11
 
 
 def test_what_is_kept_is_the_classifier_alone_and_its_losses_are_logged(phantoms, others, tmp_path):
