@@ -165,14 +165,14 @@ def test_what_is_known_of_the_other_films_is_learnt(phantoms, tmp_path):
         return {"pixels": (pixels // 8 if is_dark else pixels).tobytes(), "kind": "AB"[is_dark]}
 
     marked = phantoms["train"].select(range(12)).map(mark, with_indices=True)
-    settings = {"epochs": 8, "learning_rate": 5e-3, "stage_decay": 1.0, "ema_decay": 0.0, "augmentation": 0.0}
+    settings = {"epochs": 16, "learning_rate": 5e-3, "stage_decay": 1.0, "ema_decay": 0.0, "augmentation": 0.0}
     run = Tuning(tmp_path, few(phantoms), joint=joint(marked, weight=5.0), save_minutes=100, **settings).train()
     both = JointModel(tiny_model(dropout=0.3), {"label": 2, "subtype": 2, "kind": 2})
     both.load_state_dict(run.state(run.saved[-1])["model"])
     with torch.no_grad():
-        features = both.train().model.cxr_inception(all_pixel_values(marked)).pooler_output
+        features = both.eval().model.cxr_inception(all_pixel_values(marked)).pooler_output
         told = both.heads[2](features).argmax(dim=1)
-    assert (told == torch.tensor([0, 1] * 6)).sum() >= 11
+    assert told.tolist() == [0, 1] * 6
 
 
 def test_what_is_kept_is_the_classifier_alone_and_its_losses_are_logged(phantoms, others, tmp_path):
