@@ -116,16 +116,15 @@ def measure(given: argparse.Namespace, options: list[str]) -> list[dict[str, Any
     if state is None:
         of_train, of_validation = (features_of(films, run.path / "features") for films in (films.train, validation))
         fit_head(model, [of_train], of_validation, arguments.frozen, run.log)
-    tuning, interruption = arguments.fine_tuning, Interruption()
     fine_tune(
         model,
         films.train,
         validation,
         image_processor,
         accelerator,
-        tuning,
+        arguments.fine_tuning,
         run=run,
-        interruption=interruption,
+        interruption=Interruption(),
         joint=films.joint,
         state=state,
     )

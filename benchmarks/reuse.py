@@ -113,11 +113,9 @@ def questions(given: argparse.Namespace, size: int, cache: str | None) -> Iterat
             yield name, Question(_sample(pool, given.most_films), test)
     if given.kermany:
         splits = load_kermany(given.kermany)
-        sides = []
-        for split in ("train", "test"):
-            sides.append(with_subtypes(splits[split]))
-        pool, test = (decode_once(films, size, cache) for films in (_sample(sides[0], given.most_films), sides[1]))
-        yield "virus (Kermany)", Question(pool, test)
+        pool, test = (with_subtypes(splits[split]) for split in ("train", "test"))
+        pool = _sample(pool, given.most_films)
+        yield "virus (Kermany)", Question(*(decode_once(films, size, cache) for films in (pool, test)))
 
 
 def with_subtypes(films: Dataset) -> Dataset:

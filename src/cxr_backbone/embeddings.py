@@ -23,6 +23,7 @@ from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcess
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
 from cxr_backbone.training.atomic import replacing
 from cxr_backbone.training.batches import to_images, to_pixel_values
+from cxr_backbone.training.features import model_digest
 from cxr_backbone.training.hardware import inference_copy
 
 FILMS_PER_FILE = 1024  # 8 MB of embeddings; what a stop may cost
@@ -189,17 +190,11 @@ def _description(
     accelerator: Accelerator,
 ) -> dict[str, str | int]:
     """What the embeddings of a folder are of; all of it must agree for a call to go on with them."""
-    weights = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    for text in (model.config.to_json_string(), image_processor.to_json_string()):
-        weights.update(text.encode())
     named = hashlib.sha256("\n".join(films.ids).encode())
     return {
         "films": len(films.ids),
         "films_sha256": named.hexdigest(),
-        "model_sha256": weights.hexdigest(),
+        "model_sha256": model_digest(model, image_processor).hexdigest(),
         "precision": accelerator.mixed_precision,
     }
 

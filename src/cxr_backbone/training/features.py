@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
-from cxr_backbone.modeling_cxr_inception import CXRInceptionModel
+from cxr_backbone.modeling_cxr_inception import CXRInceptionModel, CXRInceptionPreTrainedModel
 from cxr_backbone.training.atomic import naming, replacing
 from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
 from cxr_backbone.training.batches import run_through
@@ -75,6 +75,17 @@ def extract_features(
     return features, labels
 
 
+def model_digest(model: CXRInceptionPreTrainedModel, image_processor: CXRInceptionImageProcessor) -> "hashlib._Hash":
+    """SHA-256 of all that decides what a model makes of a film, to be gone on with."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for text in (model.config.to_json_string(), image_processor.to_json_string()):
+        digest.update(text.encode())
+    return digest
+
+
 class _Part:
     """The features of one process's share, in a file that grows by a batch at a time."""
 
@@ -130,13 +141,8 @@ def _fingerprint(
     films: Dataset | FilmStream,
     view: View | None,
 ) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest = model_digest(backbone, image_processor)
     for text in (
-        backbone.config.to_json_string(),
-        image_processor.to_json_string(),
         accelerator.mixed_precision,
         films.fingerprint if isinstance(films, FilmStream) else films._fingerprint,
         repr(view),
