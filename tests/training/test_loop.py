@@ -255,6 +255,14 @@ def test_frozen_batch_norm_keeps_its_statistics_while_everything_else_learns(pha
     assert not any(torch.equal(end[name], start[name]) for name in learnt)
 
 
+def test_batch_norm_over_all_processes_is_frozen_too():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model()).train()
+    loop.freeze_batch_norm(model)
+    layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert layers and not any(layer.training for layer in layers)
+    assert model.training
+
+
 def test_gradient_checkpointing_gives_the_same_run(phantoms):
     plain, checkpointed = (Run(phantoms, epochs=1, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.error is None

@@ -325,7 +325,7 @@ class Trainer:
 def freeze_batch_norm(model: nn.Module) -> None:
     """Put every BatchNorm layer into eval mode, until the next `.train()`."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             module.eval()
 
 
