@@ -1,6 +1,7 @@
 """Publish a finished run on the Hub: the model, its card and its figures, as one commit.
 
-    python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception [--private] [--create_pr] [--overwrite]
+    python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception [--private] [--create_pr] [--overwrite] \\
+        [--float16]
     python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception --dry_run
 
 Everything that is published stands in <run>/hub first; --dry_run stops there, without the network. Films, predictions
@@ -28,7 +29,13 @@ def main() -> None:
         check_worth_publishing(settings["data"])
         if not given.dry_run:
             check_push_access(given.repo_id, private=given.private, create_pr=given.create_pr)
-        folder = assemble(given.run, repo_id=given.repo_id, template=ROOT / "model_card.md", licence=ROOT / "LICENSE")
+        folder = assemble(
+            given.run,
+            repo_id=given.repo_id,
+            template=ROOT / "model_card.md",
+            licence=ROOT / "LICENSE",
+            float16=given.float16,
+        )
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.relative_to(folder)}")
@@ -54,6 +61,7 @@ def parse_command_line(argv):
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of a commit on main")
     parser.add_argument("--overwrite", action="store_true", help="replace a published model even if it is better")
+    parser.add_argument("--float16", action="store_true", help="store the weights in half as many bytes")
     parser.add_argument("--dry_run", action="store_true", help="write <run>/hub, publish nothing")
     return parser.parse_args(argv)
 

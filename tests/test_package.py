@@ -10,7 +10,7 @@ from finished_run import REPO, TEMPLATE, FinishedRun
 from narrow import tiny_model
 from running import ROOT
 
-from cxr_backbone import CXRInceptionImageProcessor
+from cxr_backbone import CXRInceptionForImageClassification, CXRInceptionImageProcessor
 from cxr_backbone.guard import Guard
 from cxr_backbone.package import assemble, check_worth_publishing, describe_inputs
 
@@ -31,8 +31,8 @@ def run(tmp_path):
     return run
 
 
-def package(run):
-    return assemble(run.path, repo_id=REPO, template=TEMPLATE, licence=ROOT / "LICENSE")
+def package(run, **options):
+    return assemble(run.path, repo_id=REPO, template=TEMPLATE, licence=ROOT / "LICENSE", **options)
 
 
 def test_it_holds_the_model_and_what_can_be_known_of_it_and_nothing_else_of_the_run(run):
@@ -53,6 +53,24 @@ def test_made_again_it_holds_nothing_of_before(run):
     (package(run) / "figures/old.png").write_bytes(b"")
     (run.path / "hub/model-00001-of-00002.safetensors").write_bytes(b"")
     assert not list(package(run).rglob("*o*ld*.png")) and not list(package(run).glob("model-*"))
+
+
+def test_weights_take_half_the_bytes_in_float16_and_are_computed_in_float32(run):
+    whole = (package(run) / "model.safetensors").stat().st_size
+    opened = CXRInceptionForImageClassification.from_pretrained(run.path / "hub").state_dict()
+    halved = package(run, float16=True)
+    assert (halved / "model.safetensors").stat().st_size < 0.6 * whole
+    for name, values in CXRInceptionForImageClassification.from_pretrained(halved).state_dict().items():
+        assert values.dtype == opened[name].dtype
+        torch.testing.assert_close(values, opened[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_weight_too_large_for_float16_is_refused_by_name(run):
+    model = CXRInceptionForImageClassification.from_pretrained(run.path / "fine_tuned")
+    torch.nn.init.constant_(model.classifier.output_layer.bias, 1e5)
+    model.save_pretrained(run.path / "fine_tuned")
+    with pytest.raises(ValueError, match=r"classifier\.output_layer\.bias .* float16"):
+        package(run, float16=True)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
+
 from cxr_backbone.card import is_control_run, write_card
 from cxr_backbone.configuration_cxr_inception import SMALLEST_IMAGE, CXRInceptionConfig
 from cxr_backbone.guard import FILE as GUARD
@@ -17,7 +19,7 @@ CODE = sorted(file.name for file in Path(__file__).parent.glob("*_cxr_inception.
 MODEL_FILES = ("config.json", "preprocessor_config.json", WEIGHTS, GUARD, *CODE)
 
 
-def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) -> Path:
+def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path, float16: bool = False) -> Path:
     """Write the folder `hub/` of a finished run, afresh: all of it can be published, and nothing else of the run.
 
     It holds the fine-tuned model (`model.safetensors`, `config.json`, `preprocessor_config.json`, the input check
@@ -29,12 +31,14 @@ def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) ->
         repo_id: what the model will be called on the Hub; the card's title.
         template: the card as a Jinja template, `model_card.md`.
         licence: of code and weights.
+        float16: store the weights in half as many bytes. They are still computed in float32, as config.json says.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the run is not finished; the message names the file that it lacks. Or `repo_id` is no org/name.
+        ValueError: the run is not finished; the message names the file that it lacks. Or `repo_id` is no org/name, or a
+            weight too large for float16.
     """
     check_repo_id(repo_id)
     run = Path(run)
@@ -47,6 +51,8 @@ def assemble(run: str | Path, *, repo_id: str, template: Path, licence: Path) ->
     folder.mkdir()
     for name in MODEL_FILES:
         shutil.copyfile(fine_tuned / name, folder / name)
+    if float16:
+        _store_in_float16(folder / WEIGHTS)
     shutil.copyfile(run / "metrics.json", folder / "metrics.json")
     shutil.copyfile(licence, folder / "LICENSE")
     for picture in sorted((run / "figures").glob("*.png")):
@@ -71,6 +77,16 @@ def check_worth_publishing(data: Mapping[str, Any]) -> None:
     """
     if is_control_run(data):
         raise ValueError("A model of data.permute_labels or of data.protocol selected_on_test is not to be published.")
+
+
+def _store_in_float16(file: Path) -> None:
+    weights = load_file(file)
+    for name, values in weights.items():
+        if values.is_floating_point():
+            weights[name] = values.half()
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} holds values that float16 does not reach (65,504); store the weights in float32.")
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def describe_inputs(config: CXRInceptionConfig, image_processor: CXRInceptionImageProcessor) -> dict[str, Any]:

@@ -171,6 +171,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(parse, text, named):
         ("fine_tuning", "augmentation", 1.5),
         ("fine_tuning", "ema_decay", -0.1),
         ("fine_tuning", "warmup_ratio", 2),
+        ("fine_tuning", "start_scale", 0),
+        ("fine_tuning", "start_scale", 1.5),
         ("run", "cpu_threads", 0),
         ("run", "save_minutes", -0.5),
         ("frozen", "batch_size", 0),

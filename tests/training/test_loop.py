@@ -263,6 +263,31 @@ def test_batch_norm_over_all_processes_is_frozen_too():
     assert model.training
 
 
+def test_images_grow_from_the_first_epoch_to_the_last():
+    generator = np.random.default_rng(0)
+    films = [generator.integers(0, 255, (150, 150), dtype=np.uint8).tobytes() for _ in range(8)]
+    names = [f"film {number}" for number in range(8)]
+    rows = Dataset.from_dict({"pixels": films, "label": [0, 1] * 4, "image_id": names})
+    model, seen = tiny_model(), []
+
+    def note(module, args, kwargs):
+        if module.training:
+            seen.append(tuple(kwargs.get("pixel_values", args[0] if args else None).shape[-2:]))
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    run = Run({"train": rows, "validation": rows}, model=model, epochs=3, start_scale=0.6)
+    assert run.error is None and seen == [(90, 90), (120, 120), (150, 150)]
+
+
+@pytest.mark.parametrize("scale, side", [(1.0, 150), (0.6, 90), (0.1, 75)])
+def test_an_image_is_never_shrunk_below_what_the_network_takes(scale, side):
+    bright_left = torch.zeros(1, 1, 150, 150)
+    bright_left[..., :75] = 1.0
+    small = loop.shrink(bright_left, scale)
+    assert small.shape == (1, 1, side, side) and small.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert small[..., : side // 3].min() > 0.99 and small[..., -side // 3 :].max() < 0.01
+
+
 def test_gradient_checkpointing_gives_the_same_run(phantoms):
     plain, checkpointed = (Run(phantoms, epochs=1, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.error is None

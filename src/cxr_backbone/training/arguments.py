@@ -209,6 +209,9 @@ class FineTuningArguments:
     )
     augmentation: float = field(default=1.0, metadata={"help": "strength in [0, 1]; 0 turns it off"})
     stretch: bool = field(default=False, metadata={"help": "augmentation scales width and height apart"})
+    start_scale: float = field(
+        default=1.0, metadata={"help": "size of the first epoch's images, 1 the last's; between them they grow"}
+    )
     evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
     patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
@@ -227,9 +230,9 @@ class FineTuningArguments:
         _require_at_least(self, "fine_tuning", epochs=1, batch_size=2, gradient_accumulation_steps=1)
         _require_at_least(self, "fine_tuning", evaluations_per_epoch=1, patience=1, weight_decay=0)
         _require(self.nonfinite in ("stop", "skip"), "fine_tuning.nonfinite", self.nonfinite, "stop or skip")
-        for name in ("learning_rate", "stage_decay", "max_grad_norm"):
+        for name in ("learning_rate", "stage_decay", "max_grad_norm", "start_scale"):
             _require(getattr(self, name) > 0, f"fine_tuning.{name}", getattr(self, name), "above 0")
-        for name in ("augmentation", "ema_decay", "warmup_ratio"):
+        for name in ("augmentation", "ema_decay", "warmup_ratio", "start_scale"):
             _require(0 <= getattr(self, name) <= 1, f"fine_tuning.{name}", getattr(self, name), "in [0, 1]")
 
 

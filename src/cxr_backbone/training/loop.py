@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from cxr_backbone.configuration_cxr_inception import SMALLEST_IMAGE
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.image_processing_cxr_inception import CXRInceptionImageProcessor
 from cxr_backbone.modeling_cxr_inception import CXRInceptionForImageClassification
@@ -177,7 +178,7 @@ class Trainer:
         number = self.progress.steps * self.accelerator.num_processes + self.accelerator.process_index
         films = self.joint.beside(batch, number) if self.joint else JointBatch(batch["pixels"], batch["image_id"], {})
         images = self.augmentation(to_images(films.pixels), seed=self.settings.seed * SEEDS_A_RUN + number)
-        pixel_values = to_pixel_values(images, self.image_processor)
+        pixel_values = to_pixel_values(shrink(images, self._scale()), self.image_processor)
         with self.accelerator.accumulate(self.model):
             if self.joint:
                 loss, beside = self.model(pixel_values, batch["label"], films.targets)
@@ -190,6 +191,11 @@ class Trainer:
             self.progress.steps += 1
             if self.accelerator.sync_gradients:
                 self._update()
+
+    def _scale(self) -> float:
+        """Of this epoch's images: from `start_scale` in the first to 1 in the last."""
+        start, last = self.arguments.start_scale, self.arguments.epochs - 1
+        return start + (1 - start) * (self.progress.steps // self.steps_per_epoch / last) if last else 1.0
 
     def _update(self) -> None:
         """One step of the optimizer; then the state is saved if it is time to, or to stop."""
@@ -320,6 +326,12 @@ class Trainer:
         """For each flag, whether any process has it set."""
         numbers = torch.stack([torch.as_tensor(flag, device=self.accelerator.device).float() for flag in flags])
         return _Flags(self.accelerator.reduce(numbers))
+
+
+def shrink(images: Tensor, scale: float) -> Tensor:
+    """Images (batch, 1, height, width), smaller by a factor of at most 1, but not too small for the network."""
+    size = [max(round(side * scale), SMALLEST_IMAGE) for side in images.shape[-2:]]
+    return images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
