@@ -1,7 +1,7 @@
 """Publish a finished run on the Hub: the model, its card and its figures, as one commit.
 
-    python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception [--private] [--create_pr] [--overwrite] \\
-        [--float16]
+    python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception [--private] [--create_pr] \\
+        [--overwrite] [--float16]
     python recipes/publish.py --run runs/pneumonia --repo_id org/cxr-inception --dry_run
 
 Everything that is published stands in <run>/hub first; --dry_run stops there, without the network. Films, predictions

@@ -43,7 +43,11 @@ class Reader:
     def __init__(self, folder, hub):
         self.folder = folder
         for path in ROOT.iterdir():
-            if path.name in ("recipes", "benchmarks", "src", "LICENSE") or path.suffix in (".md", ".toml", ".txt"):
+            if path.name in ("recipes", "benchmarks", "checkpoints", "src", "LICENSE") or path.suffix in (
+                ".md",
+                ".toml",
+                ".txt",
+            ):
                 (folder / path.name).symlink_to(path)
         (folder / "bin").mkdir()
         for name, text in PROGRAMS.items():
@@ -79,7 +83,7 @@ def readers(tmp_path_factory):
 def after_make_train(readers):
     """The README's reader has called `make train`, and has a film."""
     reader = readers["README"]
-    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/sample.yaml --data.num_patients 40")
+    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/reuse_sample.yaml --data.num_patients 40")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 80), dtype=np.uint8)
     Image.fromarray(pixels).save(reader.folder / "chest.png")
 

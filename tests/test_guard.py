@@ -58,6 +58,13 @@ def test_a_model_without_one_is_refused_and_so_is_a_damaged_file(tmp_path):
         Guard.from_pretrained(tmp_path)
 
 
+def test_a_hub_that_is_not_there_is_not_taken_for_a_model_without_a_guard(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(OSError, match="cannot find the requested files"):
+        Guard.from_pretrained("org/cxr-inception")
+
+
 def test_too_few_films_are_refused():
     with pytest.raises(ValueError, match="2 training and 5 validation films"):
         Guard.fit(drawn(2, seed=0), drawn(5, seed=1))

@@ -72,16 +72,24 @@ def repository(tmp_path):
     return folder, run_hooks
 
 
-def test_the_hooks_let_text_and_the_pictures_of_the_docs_pass(repository):
+def test_the_hooks_let_text_the_pictures_of_the_docs_and_the_checkpoint_pass(repository):
     folder, run_hooks = repository
     (folder / "docs/figures").mkdir(parents=True)
+    (folder / "checkpoints/cxr-inception").mkdir(parents=True)
     (folder / "README.md").write_text("# Films\n")
+    (folder / "checkpoints/cxr-inception/model.safetensors").write_bytes(bytes(range(256)) * 5000)
     write_film(folder / "docs/figures/roc.png")
     hooks = run_hooks()
     assert hooks.returncode == 0, hooks.stdout
 
 
-@pytest.mark.parametrize("name", ["film.jpg", "film.png", "docs/film.png", "films/IM000001", "film.dcm", "film.tiff"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("film.jpg", "film.png", "docs/film.png", "films/IM000001", "film.dcm", "film.tiff"),
+        "checkpoints/cxr-inception/film.png",
+    ],
+)
 def test_the_hooks_refuse_a_film_under_any_name(name, repository):
     folder, run_hooks = repository
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ImageClassificationPipeline, pipeline
@@ -91,11 +91,14 @@ class Guard:
 
         Raises:
             ValueError: there is none, or its file is damaged.
+            OSError: the Hub can't be reached, and no earlier download is there.
         """
         file: Path | None = Path(source) / FILE
         if not Path(source).is_dir():
             try:
                 file = Path(hf_hub_download(str(source), FILE, revision=revision))
+            except LocalEntryNotFoundError:  # an EntryNotFoundError too, but it says nothing of the repository
+                raise
             except EntryNotFoundError:
                 file = None
         if file is None or not file.is_file():

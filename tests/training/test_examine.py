@@ -118,6 +118,12 @@ def test_a_model_is_restored_as_it_was_at_an_evaluation(phantoms, candidate, tmp
     assert restored.config.temperature and candidate.config.temperature is None  # each has a config of its own
 
 
+def test_perturbed_views_choose_the_evaluation_where_there_are_any():
+    perturbed = {0: 0.9, 5: 0.8, 10: 0.7}
+    log = [line | {"perturbed_loss": perturbed[line["after_steps"]]} if "epoch" in line else line for line in LOG]
+    assert chosen_evaluation(LOG) == 5 and chosen_evaluation(log) == 10
+
+
 def test_a_log_of_a_run_that_was_stopped_says_nothing_of_overfitting():
     assert is_complete(LOG)
     assert not any(is_complete(LOG[:end]) for end in range(len(LOG)))

@@ -88,7 +88,7 @@ def test_a_training_that_differs_a_little_does_not_pass_for_the_same(whole, film
 
 
 def test_the_evaluations_without_a_lower_loss_are_counted_on(films, tmp_path, monkeypatch):
-    def answer_nothing(model, films, *rest, batch_size):
+    def answer_nothing(model, films, *rest, **options):
         return torch.zeros(len(films), 2), torch.tensor(films["label"])
 
     monkeypatch.setattr(loop, "predict", answer_nothing)

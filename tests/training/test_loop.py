@@ -2,6 +2,7 @@
 
 import tempfile
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from cxr_backbone.data.streaming import FilmStream
 from cxr_backbone.training import loop
 from cxr_backbone.training.arguments import FineTuningArguments
+from cxr_backbone.training.augmentation import SEEDS_A_RUN, Augmentation
 from cxr_backbone.training.loop import Trainer, predict
 from cxr_backbone.training.nonfinite import NonfiniteError
 from cxr_backbone.training.phases import fine_tune, parameter_groups
@@ -171,7 +173,7 @@ def test_the_seed_repeats_a_run_to_the_bit_and_another_changes_it(phantoms):
 def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
     worse = iter([1.0, 0.5, 0.2, 0.1])
 
-    def answer_less_and_less(model, films, *rest, batch_size):
+    def answer_less_and_less(model, films, *rest, **options):
         labels = torch.tensor(films["label"])
         return next(worse) * F.one_hot(labels, 2).float(), labels
 
@@ -184,7 +186,7 @@ def test_fine_tuning_that_never_helps_leaves_the_start(phantoms, monkeypatch):
 
 @pytest.mark.parametrize("patience", [1, 3])
 def test_it_stops_after_that_many_evaluations_without_a_lower_loss(phantoms, monkeypatch, patience):
-    def answer_nothing(model, films, *rest, batch_size):
+    def answer_nothing(model, films, *rest, **options):
         return torch.zeros(len(films), 2), torch.tensor(films["label"])
 
     monkeypatch.setattr(loop, "predict", answer_nothing)
@@ -261,6 +263,22 @@ def test_batch_norm_over_all_processes_is_frozen_too():
     layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
     assert layers and not any(layer.training for layer in layers)
     assert model.training
+
+
+def test_perturbed_views_of_validation_choose_when_they_are_asked_for_and_are_the_same_at_each_look(phantoms):
+    run = Run(phantoms, epochs=2, perturbed_validation=True, stretch=True, seed=3)
+    losses = {}
+    for steps, weights in run.evaluated.items():
+        model, views = tiny_model(), Augmentation(1.0, stretch=True)
+        model.load_state_dict(weights)
+        seeds = count(3 * SEEDS_A_RUN)
+        change = lambda images: views(images, seed=next(seeds))  # noqa: B023, E731
+        asked = predict(model, phantoms["validation"], PROCESSOR, accelerator(), batch_size=8, change=change)
+        losses[steps] = F.cross_entropy(*asked).item()
+    assert [line["perturbed_loss"] for line in run.evaluations] == pytest.approx(list(losses.values()), abs=1e-5)
+    assert all(line["perturbed_loss"] != line["validation_loss"] for line in run.evaluations)
+    chosen = run.evaluated[min(losses, key=losses.get)]
+    assert all(torch.equal(run.best[name], chosen[name]) for name in chosen)
 
 
 def test_images_grow_from_the_first_epoch_to_the_last():

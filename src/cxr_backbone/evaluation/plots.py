@@ -246,7 +246,7 @@ def _draw_fine_tuning(axes: Axes, lines: list[dict[str, Any]], overfitting: Mapp
     trained = [line for line in checkpoints if line["train_loss"] is not None]
     axes.plot([line["epoch"] for line in trained], [line["train_loss"] for line in trained], **_MEAN)
     curves = [(_VALIDATION, "validation_loss")]
-    chosen = min(checkpoints, key=lambda line: line["validation_loss"])
+    chosen = min(checkpoints, key=lambda line: line.get("perturbed_loss", line["validation_loss"]))
     if overfitting is not None:
         checkpoints, curves = overfitting["curve"], [(_TRAIN, "train"), (_VALIDATION, "validation"), (_TEST, "test")]
         (chosen,) = (line for line in checkpoints if line["after_steps"] == overfitting["chosen"])

@@ -213,6 +213,10 @@ class FineTuningArguments:
         default=1.0, metadata={"help": "size of the first epoch's images, 1 the last's; between them they grow"}
     )
     evaluations_per_epoch: int = field(default=2, metadata={"help": "looks at the validation split"})
+    perturbed_validation: bool = field(
+        default=False,
+        metadata={"help": "of these looks, the loss on augmented views chooses, and not that on the films as they are"},
+    )
     patience: int = field(default=4, metadata={"help": "evaluations without a lower validation loss before stopping"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "less memory, more time"})
     freeze_batch_norm: bool = field(

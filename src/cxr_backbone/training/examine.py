@@ -224,9 +224,10 @@ def is_complete(log: list[dict[str, Any]]) -> bool:
 
 
 def chosen_evaluation(log: list[dict[str, Any]]) -> int:
-    """After how many steps the validation loss was lowest; the first time, if it was so twice."""
+    """After how many steps the validation loss was lowest (that of perturbed views, if those chose); the first time, if
+    it was so twice."""
     lines = [line for line in log if line["phase"] == "fine_tuning" and "after_steps" in line]
-    return min(lines, key=lambda line: line["validation_loss"])["after_steps"]
+    return min(lines, key=lambda line: line.get("perturbed_loss", line["validation_loss"]))["after_steps"]
 
 
 def overfitting(log: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any, cast
 
 import torch
@@ -77,7 +77,7 @@ class Progress:
     """How far a training is.
 
     steps: batches that each process has trained on.
-    lowest: validation loss so far; `evaluations_since` then.
+    lowest: validation loss so far (of perturbed views, if those choose); `evaluations_since` then.
     losses: of the steps since the last evaluation, means over processes.
     overflows: steps that fp16's scaler has left out.
     """
@@ -247,16 +247,10 @@ class Trainer:
         self._log_steps()
         _take_from_main_process(self.averaged, self.accelerator)  # statistics of BatchNorm, of which each has its own
         with self.interruption.deferred(False):  # there is nothing to save meanwhile
-            logits, labels = predict(
-                self.averaged,
-                self.validation_films,
-                self.image_processor,
-                self.accelerator,
-                batch_size=self.arguments.batch_size,
-            )
-        loss = plain_loss(logits, labels).item()
-        if not math.isfinite(loss):
-            raise NonfiniteError(f"The validation loss is {loss} after {progress.steps} steps of fine-tuning.")
+            losses = {"validation_loss": self._validation_loss()}
+            if self.arguments.perturbed_validation:
+                losses["perturbed_loss"] = self._validation_loss(perturbed=True)
+        *_, loss = losses.values()
         finite = [loss for loss in progress.losses if math.isfinite(loss)]
         counts = {"skipped": self.guard.skipped, "overflows": progress.overflows}
         run.log(
@@ -264,7 +258,7 @@ class Trainer:
             after_steps=progress.steps,
             epoch=progress.steps / self.steps_per_epoch,
             train_loss=sum(finite) / len(finite) if finite else None,
-            validation_loss=loss,
+            **losses,
             **{name: count for name, count in counts.items() if count},
         )
         progress.losses.clear()
@@ -274,6 +268,21 @@ class Trainer:
             progress.lowest, progress.evaluations_since = loss, 0
             run.save_model(run.fine_tuned, self.averaged, self.image_processor)
         return progress.evaluations_since >= self.arguments.patience
+
+    def _validation_loss(self, *, perturbed: bool = False) -> float:
+        seeds = count(self.settings.seed * SEEDS_A_RUN)  # at each evaluation the same views
+        logits, labels = predict(
+            self.averaged,
+            self.validation_films,
+            self.image_processor,
+            self.accelerator,
+            batch_size=self.arguments.batch_size,
+            change=(lambda images: self.augmentation(images, seed=next(seeds))) if perturbed else None,
+        )
+        loss = plain_loss(logits, labels).item()
+        if not math.isfinite(loss):
+            raise NonfiniteError(f"The validation loss is {loss} after {self.progress.steps} steps of fine-tuning.")
+        return loss
 
     def _log_steps(self) -> None:
         """One line for each step that has none yet; the loss is the mean over processes."""
