@@ -110,6 +110,7 @@ def real_data(shared, chestxray14, real_films, tmp_path):
         "ORIGINALS": str(shared / "data/kermany-originals"),
         "CHESTXRAY14": str(chestxray14),
         "PNEUMONIAMNIST": str(tmp_path / "pneumoniamnist.npz"),
+        "RSNA_NORMALS": str(shared / "data/rsna-normals/labels.csv"),
         "NIH_SUBSET": str(shared / "data/nih-subset/labels.csv"),
         "WEIGHTS": str(shared / "weights/inception_v3_nsfwjs_f16.safetensors"),
     }
