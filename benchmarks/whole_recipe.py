@@ -82,7 +82,7 @@ def straightforward(config: str, others: list[str], frozen_epochs: int) -> tuple
     assert isinstance(films, dict), "expected data.streaming=false"
     train, validation = films["train"], films["validation"]
     model, image_processor = start_model(arguments.model, label_names(train.features), multi_label=False)
-    augmentation, seconds = Augmentation(tuning.augmentation), []
+    augmentation, seconds = Augmentation(tuning.augmentation, stretch=tuning.stretch), []
     for frozen in (True, False):
         begin = time.perf_counter()
         if frozen:
