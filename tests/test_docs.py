@@ -83,7 +83,7 @@ def readers(tmp_path_factory):
 def after_make_train(readers):
     """The README's reader has called `make train`, and has a film."""
     reader = readers["README"]
-    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/reuse_sample.yaml --data.num_patients 40")
+    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/sample.yaml --data.num_patients 40")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 80), dtype=np.uint8)
     Image.fromarray(pixels).save(reader.folder / "chest.png")
 
