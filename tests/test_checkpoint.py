@@ -1,12 +1,12 @@
 """The checkpoint that comes with the repository: whole, small, of the present code, and of use at once."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from running import ROOT
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForImageClassification, pipeline
@@ -14,7 +14,6 @@ from transformers import AutoModelForImageClassification, pipeline
 from cxr_backbone.guard import guarded_pipeline
 from cxr_backbone.package import CODE, MODEL_FILES
 
-ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints/cxr-inception"
 
 

@@ -43,11 +43,8 @@ class Reader:
     def __init__(self, folder, hub):
         self.folder = folder
         for path in ROOT.iterdir():
-            if path.name in ("recipes", "benchmarks", "checkpoints", "src", "LICENSE") or path.suffix in (
-                ".md",
-                ".toml",
-                ".txt",
-            ):
+            is_folder = path.name in ("recipes", "benchmarks", "checkpoints", "src")
+            if is_folder or path.name == "LICENSE" or path.suffix in (".md", ".toml", ".txt"):
                 (folder / path.name).symlink_to(path)
         (folder / "bin").mkdir()
         for name, text in PROGRAMS.items():

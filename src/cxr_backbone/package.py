@@ -79,16 +79,6 @@ def check_worth_publishing(data: Mapping[str, Any]) -> None:
         raise ValueError("A model of data.permute_labels or of data.protocol selected_on_test is not to be published.")
 
 
-def _store_in_float16(file: Path) -> None:
-    weights = load_file(file)
-    for name, values in weights.items():
-        if values.is_floating_point():
-            weights[name] = values.half()
-        if not weights[name].isfinite().all():
-            raise ValueError(f"{name} holds values that float16 does not reach (65,504); store the weights in float32.")
-    save_file(weights, file, metadata={"format": "pt"})
-
-
 def describe_inputs(config: CXRInceptionConfig, image_processor: CXRInceptionImageProcessor) -> dict[str, Any]:
     """What goes into a model and what comes out, for machines to read: channels, size, type, range, meaning.
 
@@ -143,3 +133,13 @@ def describe_inputs(config: CXRInceptionConfig, image_processor: CXRInceptionIma
             },
         },
     }
+
+
+def _store_in_float16(file: Path) -> None:
+    weights = load_file(file)
+    for name, values in weights.items():
+        if values.is_floating_point():
+            weights[name] = values.half()
+        if not weights[name].isfinite().all():
+            raise ValueError(f"{name} holds values that float16 does not reach (65,504); store the weights in float32.")
+    save_file(weights, file, metadata={"format": "pt"})

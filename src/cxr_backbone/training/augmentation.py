@@ -1,5 +1,8 @@
 """Random changes that leave the diagnosis as it is, made on a whole batch on the device."""
 
+from collections.abc import Callable
+from itertools import count
+
 import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
@@ -47,3 +50,9 @@ class Augmentation(nn.Module):
         """
         torch.manual_seed(seed)
         return self.layers(images).clamp(0, 1)
+
+    def of_batches(self, first: int, step: int = 1) -> Callable[[Tensor], Tensor]:
+        """What changes one batch of images after the other, with the seeds `first`, `first + step` and so on: the same
+        views whenever the same batches are seen from the first on."""
+        seeds = count(first, step)
+        return lambda images: self(images, seed=next(seeds))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,10 +94,9 @@ class Examiner:
         `Augmentation`. A validation split that a model separates (almost) perfectly says little about where a threshold
         should be; such views are harder.
         """
-        augmentation, seeds = Augmentation(1.0), itertools.count(self.seed * SEEDS_A_RUN)
+        change = Augmentation(1.0).of_batches(self.seed * SEEDS_A_RUN)
         views = [
-            self.predictions(candidate, validation, change=lambda images: augmentation(images, seed=next(seeds)))
-            for _ in range(self.arguments.perturbed_views)
+            self.predictions(candidate, validation, change=change) for _ in range(self.arguments.perturbed_views)
         ] or [self.predictions(candidate, validation)]
         asked = replace(
             views[0],

@@ -1,8 +1,8 @@
 """Phase one's single pass: the frozen backbone turns every image into its pooled features, once."""
 
 import hashlib
-import itertools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ def extract_features(
             accelerator,
             batch_size=batch_size,
             desc="features",
-            change=None if view is None else _Augmented(view, len(films), batch_size, accelerator),
+            change=None if view is None else _augmented(view, len(films), batch_size, accelerator),
         )
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -109,18 +109,12 @@ class _Part:
         return pixel_values.new_empty(len(pixel_values), 0)
 
 
-class _Augmented:
+def _augmented(view: View, films: int, batch_size: int, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
     """The images of each batch as a view shows them, the same whenever it is asked about that batch."""
-
-    def __init__(self, view: View, films: int, batch_size: int, accelerator: Accelerator):
-        self.augmentation = Augmentation(view.strength, stretch=view.stretch)
-        processes = accelerator.num_processes
-        batches = films // batch_size + processes  # at most, of all processes
-        first = view.seed * SEEDS_A_RUN + view.number * batches + accelerator.process_index
-        self.seeds = itertools.count(first, step=processes)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.augmentation(images, seed=next(self.seeds))
+    processes = accelerator.num_processes
+    batches = films // batch_size + processes  # at most, of all processes
+    first = view.seed * SEEDS_A_RUN + view.number * batches + accelerator.process_index
+    return Augmentation(view.strength, stretch=view.stretch).of_batches(first, processes)
 
 
 def _join(parts: list[Path], path: Path, shape: tuple[int, int]) -> None:

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from itertools import count, islice
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -270,14 +270,13 @@ class Trainer:
         return progress.evaluations_since >= self.arguments.patience
 
     def _validation_loss(self, *, perturbed: bool = False) -> float:
-        seeds = count(self.settings.seed * SEEDS_A_RUN)  # at each evaluation the same views
         logits, labels = predict(
             self.averaged,
             self.validation_films,
             self.image_processor,
             self.accelerator,
             batch_size=self.arguments.batch_size,
-            change=(lambda images: self.augmentation(images, seed=next(seeds))) if perturbed else None,
+            change=self.augmentation.of_batches(self.settings.seed * SEEDS_A_RUN) if perturbed else None,
         )
         loss = plain_loss(logits, labels).item()
         if not math.isfinite(loss):
