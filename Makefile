@@ -20,9 +20,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
-train: $(INSTALLED)  ## run the two-phase recipe on the built-in sample, afresh
+train: $(INSTALLED)  ## fine-tune the checkpoint on the built-in sample, afresh
 	rm -rf runs/sample
-	$(BIN)/accelerate launch recipes/two_stage.py recipes/configs/sample.yaml
+	$(BIN)/accelerate launch recipes/two_stage.py recipes/configs/reuse_sample.yaml
 
 test: lint types tests  ## everything that CI checks
 

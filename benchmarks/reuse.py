@@ -10,12 +10,14 @@ recipe, keeps one patient in five for validation. The AUROC comes from films tha
 was trained on or chosen by: those of patients with odd numbers (NIH), the official test split (Kermany).
 
 Each result is a line of <output_dir>/results.jsonl, and the same command goes on after a stop. The tables have, for
-each question and share of the labels, the mean AUROC over the seeds with a 95 % interval from resampled patients; the
-paired difference from the second start; and after how many epochs and seconds fine-tuning had the validation loss that
-was the lowest of the second start. --model.image_mean and what else describes weights goes to bare weights files only.
+each question, way and share of the labels, the mean AUROC over the seeds with a 95 % interval from resampled patients;
+the paired difference from the second start; and after how many epochs and seconds fine-tuning had the validation loss
+that was the lowest of the second start. --model.image_mean and what else describes weights goes to bare weights files
+only. --ways probe asks for the linear probe alone, which takes minutes.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -24,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from datasets import ClassLabel, Dataset
@@ -50,9 +51,9 @@ from cxr_backbone.training.start import start_model
 from cxr_backbone.training.state import TrainingRun, read_log
 
 CONFIG = Path(__file__).parents[1] / "recipes/configs/table.yaml"
+WAYS = ("probe", "fine-tuned")
 SHARES = (0.1, 0.25, 0.5, 1.0)
-FEWEST = 20  # films; with fewer there is nothing to cross-validate
-FOLDS = 5
+FOLDS = 5  # of the probe's cross-validation; a class with fewer patients is too small a share
 OF_WEIGHTS = ("--model.image_mean", "--model.image_std", "--model.avg_pool_count_include_pad")
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--most_films", type=int, default=1000, help="of a question, to draw labels from")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of reusing a start")
     given, options = parser.parse_known_args()
     starts = dict(start.split("=", 1) for start in given.starts)
     given.output_dir.mkdir(parents=True, exist_ok=True)
@@ -80,23 +82,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache, results.open("a") as file:
         size = settings(cache, None, options).model.image_size
         asked = dict(questions(given, size, cache))
-        for seed in range(given.seeds):
-            for name, question in asked.items():
-                for share in SHARES:
-                    if len(question.pool) * share < FEWEST:
-                        continue
-                    for start, init in starts.items():
-                        key = {"question": name, "share": share, "seed": seed, "start": start}
-                        if not any(key.items() <= line.items() for line in done):
-                            line = key | ask(question, share, seed, init or None, options, cache)
-                            done.append(line)
-                            file.write(json.dumps(line) + "\n")
-                            file.flush()
-                            print(key, {way: round(line[way]["auroc"], 3) for way in ("probe", "tuned")}, flush=True)
+        keys = itertools.product(range(given.seeds), asked, SHARES, starts, given.ways)
+        for seed, name, share, start, way in keys:
+            key = {"question": name, "share": share, "seed": seed, "start": start, "way": way}
+            rows = _drawn(asked[name].pool, share, seed)
+            if rows is None or any(key.items() <= line.items() for line in done):
+                continue
+            line = key | ask(asked[name], way, rows, seed, starts[start] or None, options, cache)
+            done.append(line)
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            print(key, round(line["auroc"], 3), flush=True)
     for name, question in asked.items():
-        lines = [line for line in done if line["question"] == name]
-        print(f"\n{name}: up to {len(question.pool)} labels, tested on {len(question.test)} films\n")
-        print(markdown_table(*summarised(lines, question.test, list(starts))))
+        for way in given.ways:
+            lines = [line for line in done if line["question"] == name and line["way"] == way]
+            print(f"\n{name}, {way}: up to {len(question.pool)} labels, tested on {len(question.test)} films\n")
+            print(markdown_table(*summarised(lines, question.test, list(starts))))
     print(f"\n{machine('torch', 'transformers', 'scikit-learn')}")
 
 
@@ -127,57 +128,61 @@ def with_subtypes(films: Dataset) -> Dataset:
 
 
 def ask(
-    question: Question, share: float, seed: int, init: str | None, options: list[str], cache: str
+    question: Question, way: str, rows: np.ndarray, seed: int, init: str | None, options: list[str], cache: str
 ) -> dict[str, Any]:
-    """What a probe and a fine-tuned network say of the test films after training on a share of the labels."""
+    """What a probe or a fine-tuned network says of the test films after training on some of the pool."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = settings(folder, init, [*options, "--run.seed", str(seed)])
-        tuning, names = arguments.fine_tuning, question.pool.features["label"].names
         accelerator = Accelerator(
             mixed_precision=choose_precision(arguments.run.mixed_precision),
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
         )
         set_seed(seed)
         use_threads(arguments.run.cpu_threads)
-        model, image_processor = start_model(arguments.model, names)
-
-        rows = np.arange(len(question.pool)) if share == 1 else _held_out(question.pool, round(1 / share), seed)
-        drawn = question.pool.select(rows)
-        chosen = _held_out(drawn, FOLDS, seed)
-        validation = drawn.select(chosen)
-        train = drawn.select(np.setdiff1d(np.arange(len(drawn)), chosen))
+        model, image_processor = start_model(arguments.model, question.pool.features["label"].names)
 
         def features_of(films: Dataset) -> tuple[Tensor, Tensor]:
             return extract_features(
                 model.cxr_inception, films, image_processor, accelerator, batch_size=32, cache_dir=Path(cache)
             )
 
-        of_pool, labels = features_of(question.pool)
-        of_test, _ = features_of(question.test)
-        layer, _ = fit_probe(of_pool[rows], labels[rows], drawn["patient_id"][:], seed=seed)
-        with torch.no_grad():
-            probe = layer(of_test)
+        drawn = question.pool.select(rows)
+        if way == "probe":
+            features, labels = features_of(question.pool)
+            layer, _ = fit_probe(features[rows], labels[rows], drawn["patient_id"][:], seed=seed)
+            of_test, truth = features_of(question.test)
+            return {"labels": len(rows)} | _said(layer(of_test).detach(), truth)
 
+        chosen = _held_out(drawn, FOLDS, seed)
+        validation = drawn.select(chosen)
+        train = drawn.select(np.setdiff1d(np.arange(len(drawn)), chosen))
         run = TrainingRun(arguments)
         run.claim()
         run.accelerator = accelerator
         fit_head(model, [features_of(train)], features_of(validation), arguments.frozen, run.log)
         begin = time.perf_counter()
-        fine_tune(model, train, validation, image_processor, accelerator, tuning, run=run, interruption=Interruption())
+        fine_tune(
+            model,
+            train,
+            validation,
+            image_processor,
+            accelerator,
+            arguments.fine_tuning,
+            run=run,
+            interruption=Interruption(),
+        )
         seconds = time.perf_counter() - begin
         tuned_model = type(model).from_pretrained(run.fine_tuned).eval().to(accelerator.device)
         tuned, truth = predict(tuned_model, question.test, image_processor, accelerator, batch_size=32)
         curve = [(line["epoch"], line["validation_loss"]) for line in read_log(run.path) if "after_steps" in line]
-    return {
-        "labels": len(rows),
-        "probe": _said(probe, truth),
-        "tuned": _said(tuned, truth) | {"curve": curve, "seconds": seconds},
-    }
+        return {"labels": len(rows), "curve": curve, "seconds": seconds} | _said(tuned, truth)
 
 
 def settings(folder: str, init: str | None, options: list[str]) -> Arguments:
     """Ten epochs of fine-tuning at the recipe's rates, in smaller batches, for there are few films."""
     words = ["--run.output_dir", f"{folder}/run", "--model.init", init or "null", "--evaluation.report", "false"]
+    # Random weights have no statistics to keep.
+    words += ["--fine_tuning.freeze_batch_norm", "false" if init is None else "true"]
     words += ["--fine_tuning.epochs", "10", "--fine_tuning.batch_size", "8", "--fine_tuning.evaluations_per_epoch", "1"]
     if init is None or not Path(init).is_file():
         options = [
@@ -190,42 +195,41 @@ def settings(folder: str, init: str | None, options: list[str]) -> Arguments:
 
 
 def summarised(lines: list[dict[str, Any]], test: Dataset, starts: list[str]) -> tuple[list[str], list[list[str]]]:
-    """A row for each share of the labels and start."""
+    """Of one way: a row for each share of the labels and start."""
     bootstrap = PatientBootstrap(test["patient_id"][:])
     truth = np.array(test["label"][:]) == 1
-    header = ["labels", "start", "probe", f"beyond {starts[1]}", "fine-tuned", f"beyond {starts[1]}"]
+    header = ["labels", "start", "AUROC", f"beyond {starts[1]}"]
     rows = []
     for share in sorted({line["share"] for line in lines}):
         of = {start: [line for line in lines if line["share"] == share and line["start"] == start] for start in starts}
+        peer, of_peer = _resampled(of[starts[1]], truth, bootstrap)
         for start in starts:
-            row = [f"{np.mean([line['labels'] for line in of[start]]):.0f}", start]
-            for way in ("probe", "tuned"):
-                auroc, samples = _resampled(of[start], way, truth, bootstrap)
-                peer, of_peer = _resampled(of[starts[1]], way, truth, bootstrap)
-                beyond = "" if start == starts[1] else _interval(auroc - peer, samples - of_peer, sign="+")
-                row += [_interval(auroc, samples), beyond]
-            reached = [_reached(ours, peer) for ours, peer in zip(of[start], of[starts[1]], strict=True)]
-            epochs, seconds = np.median(np.array(reached), axis=0)
-            row.append("not in half of the seeds" if np.isinf(epochs) else f"{epochs:.0f} ({seconds:.0f} s)")
+            auroc, samples = _resampled(of[start], truth, bootstrap)
+            beyond = "" if start == starts[1] else _interval(auroc - peer, samples - of_peer, sign="+")
+            row = [f"{np.mean([line['labels'] for line in of[start]]):.0f}", start, _interval(auroc, samples), beyond]
+            if "curve" in of[start][0]:
+                reached = [_reached(ours, peer) for ours, peer in zip(of[start], of[starts[1]], strict=True)]
+                epochs, seconds = np.median(np.array(reached), axis=0)
+                row.append("not in half of the seeds" if np.isinf(epochs) else f"{epochs:.0f} ({seconds:.0f} s)")
             rows.append(row)
-    return [*header, f"epochs to the best of {starts[1]}"], rows
+    if "curve" in lines[0]:
+        header.append(f"epochs to the best of {starts[1]}")
+    return header, rows
 
 
 def _reached(ours: dict[str, Any], peer: dict[str, Any]) -> tuple[float, float]:
     """Epochs and seconds until our validation loss is what the peer's was at its lowest."""
-    best = min(loss for _, loss in peer["tuned"]["curve"])
-    curve = ours["tuned"]["curve"]
+    best = min(loss for _, loss in peer["curve"])
+    curve = ours["curve"]
     epochs = next((epoch for epoch, loss in curve if loss <= best), np.inf)
-    return epochs, epochs * ours["tuned"]["seconds"] / curve[-1][0]
+    return epochs, epochs * ours["seconds"] / curve[-1][0]
 
 
-def _resampled(
-    lines: list[dict[str, Any]], way: str, truth: np.ndarray, bootstrap: PatientBootstrap
-) -> tuple[float, np.ndarray]:
+def _resampled(lines: list[dict[str, Any]], truth: np.ndarray, bootstrap: PatientBootstrap) -> tuple[float, np.ndarray]:
     """The mean AUROC over the seeds, and that of each resample of the patients."""
     films = np.arange(len(truth))
-    samples = [bootstrap.rank_figures(films, truth, np.array(line[way]["scores"]))[0] for line in lines]
-    return float(np.mean([line[way]["auroc"] for line in lines])), np.mean(samples, axis=0)
+    samples = [bootstrap.rank_figures(films, truth, np.array(line["scores"]))[0] for line in lines]
+    return float(np.mean([line["auroc"] for line in lines])), np.mean(samples, axis=0)
 
 
 def _interval(value: float, samples: np.ndarray, sign: str = "") -> str:
@@ -238,6 +242,19 @@ def _said(logits: Tensor, truth: Tensor) -> dict[str, Any]:
     return {"auroc": float(roc_auc_score(truth.numpy(), scores)), "scores": scores.round(5).tolist()}
 
 
+def _drawn(films: Dataset, share: float, seed: int) -> np.ndarray | None:
+    """Rows of a share of the patients of each class, if they are enough to cross-validate."""
+    labels, patients = np.array(films["label"][:]), np.array(films["patient_id"][:])
+    ill = np.unique(patients[labels == 1])
+    drawn = []
+    for of_class in (ill, np.setdiff1d(patients, ill)):
+        count = round(share * len(of_class))
+        if count < FOLDS:
+            return None
+        drawn.append(np.random.default_rng(seed).permutation(of_class)[:count])
+    return np.flatnonzero(np.isin(patients, np.concatenate(drawn)))
+
+
 def _held_out(films: Dataset, folds: int, seed: int) -> np.ndarray:
     """Rows of one fold of several, by patient, the classes in their proportions."""
     labels, patients = films["label"][:], films["patient_id"][:]
@@ -247,7 +264,7 @@ def _held_out(films: Dataset, folds: int, seed: int) -> np.ndarray:
 
 def _sample(films: Dataset, most: int) -> Dataset:
     """About as many films, by patient."""
-    return films if len(films) <= most else films.select(_held_out(films, round(len(films) / most), seed=0))
+    return films if len(films) <= most else films.select(_held_out(films, max(2, round(len(films) / most)), seed=0))
 
 
 if __name__ == "__main__":

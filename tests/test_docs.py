@@ -80,7 +80,7 @@ def readers(tmp_path_factory):
 def after_make_train(readers):
     """The README's reader has called `make train`, and has a film."""
     reader = readers["README"]
-    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/sample.yaml --data.num_patients 40")
+    reader.bash("accelerate launch recipes/two_stage.py recipes/configs/reuse_sample.yaml --data.num_patients 40")
     pixels = np.random.default_rng(0).integers(0, 256, (90, 80), dtype=np.uint8)
     Image.fromarray(pixels).save(reader.folder / "chest.png")
 
@@ -156,7 +156,7 @@ def test_what_the_pages_make_is_what_ci_makes():
 
 def test_every_file_the_pages_speak_of_exists():
     for page, text in PAGES.items():
-        for path in re.findall(r"\b(?:recipes|benchmarks|docs|src)/[\w./-]+\w", text):
+        for path in re.findall(r"\b(?:recipes|benchmarks|docs|space|src)/[\w./-]+\w", text):
             assert (ROOT / path).exists(), f"{page}: {path}"
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert ((ROOT if page == "README" else ROOT / "docs") / link).exists(), f"{page}: {link}"

@@ -67,3 +67,11 @@ def test_scaling_grows_the_films_the_images_and_the_processes():
     assert names(films) == ["decode", "audit", "features of train", "head", "loading an epoch"]
     assert names(duplicates) == ["200", "2,000"] and names(images) == ["75 x 75", "96 x 96"]
     assert names(processes) == ["1", "2"] and all(number(row[2]) > 0 for row in processes)
+
+
+def test_the_page_is_timed_from_its_start_and_its_memory_is_looked_at_twice(tmp_path):
+    for seed in range(2):
+        Image.fromarray(draw_phantom(seed, opacity=True)).save(tmp_path / f"{seed}.png")
+    (parts,), printed = run("space", tmp_path, "--uploads", 3)
+    assert names(parts)[-1] == "Grad-CAM" and all(number(row[1]) > 0 for row in parts)
+    assert "first answer" in printed and "after 3 uploads" in printed
