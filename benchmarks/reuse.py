@@ -96,6 +96,8 @@ def main() -> None:
     for name, question in asked.items():
         for way in given.ways:
             lines = [line for line in done if line["question"] == name and line["way"] == way]
+            if not lines:
+                continue
             print(f"\n{name}, {way}: up to {len(question.pool)} labels, tested on {len(question.test)} films\n")
             print(markdown_table(*summarised(lines, question.test, list(starts))))
     print(f"\n{machine('torch', 'transformers', 'scikit-learn')}")

@@ -109,15 +109,17 @@ def page(reader: FilmReader) -> gr.Blocks:
 
     def look(paths: list[str] | None) -> Iterator[tuple[None, str]]:
         """The films one after the other, as each is ready. The list of files is emptied."""
-        cards = []
-        for number, path in enumerate(paths or []):
+        paths, cards = paths or [], []
+        for path in paths[:MOST_FILMS]:
             try:
-                if number >= MOST_FILMS:
-                    raise ValueError(f"Not looked at: the page takes {MOST_FILMS} films at once.")
                 cards.append(reader(read_and_forget(path)).as_html(Path(path).name))
             except Exception as error:
                 cards.append(refused_as_html(Path(path).name, sentence(error)))
             yield None, "".join(cards)
+        for path in paths[MOST_FILMS:]:
+            Path(path).unlink()
+            cards.append(refused_as_html(Path(path).name, f"Not looked at: the page takes {MOST_FILMS} films at once."))
+        yield None, "".join(cards)
 
     def classify(path: str | None) -> dict[str, Any]:
         try:
