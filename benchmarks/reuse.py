@@ -245,16 +245,14 @@ def _said(logits: Tensor, truth: Tensor) -> dict[str, Any]:
 
 
 def _drawn(films: Dataset, share: float, seed: int) -> np.ndarray | None:
-    """Rows of a share of the patients of each class, if they are enough to cross-validate."""
+    """Rows of a share of the patients, ill and not, if each label has enough of them to cross-validate."""
     labels, patients = np.array(films["label"][:]), np.array(films["patient_id"][:])
     ill = np.unique(patients[labels == 1])
-    drawn = []
-    for of_class in (ill, np.setdiff1d(patients, ill)):
-        count = round(share * len(of_class))
-        if count < FOLDS:
-            return None
-        drawn.append(np.random.default_rng(seed).permutation(of_class)[:count])
-    return np.flatnonzero(np.isin(patients, np.concatenate(drawn)))
+    groups = (np.random.default_rng(seed).permutation(group) for group in (ill, np.setdiff1d(patients, ill)))
+    chosen = np.concatenate([group[: round(share * len(group))] for group in groups])
+    rows = np.flatnonzero(np.isin(patients, chosen))
+    fewest = min(len(np.unique(patients[rows][labels[rows] == label])) for label in (0, 1))
+    return rows if fewest >= FOLDS else None
 
 
 def _held_out(films: Dataset, folds: int, seed: int) -> np.ndarray:

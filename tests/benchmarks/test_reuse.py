@@ -83,8 +83,11 @@ def test_the_guard_is_measured_on_whatever_is_no_film(adults, children, model, t
 def test_reuse_compares_starts_with_few_labels_and_with_many(adults, model, tmp_path):
     words = ["--nih", adults, "--starts", f"ours={model}", "random=", "--output_dir", tmp_path, "--seeds", 1, *QUICK]
     tables, _ = run("reuse", *words)
-    assert [[row[1] for row in table] for table in tables] == [["ours", "random"] * 2] * 2  # half of the labels and all
-    assert all(0 <= number(cell) <= 1 for table in tables for row in table for cell in (row[2], row[4]))
+    # Two questions, each probed and fine-tuned, with a quarter of the labels, half and all; a tenth is too few.
+    assert [[row[1] for row in table] for table in tables] == [["ours", "random"] * 3] * 4
+    assert [row[0] for row in tables[0]] == ["12", "12", "24", "24", "50", "50"]
+    assert all(0 <= number(row[2]) <= 1 for table in tables for row in table)
+    assert [len(table[0]) for table in tables] == [4, 5, 4, 5]  # only fine-tuning takes epochs
     asked = (tmp_path / "results.jsonl").read_text()
     again, _ = run("reuse", *words)
     assert again == tables and (tmp_path / "results.jsonl").read_text() == asked

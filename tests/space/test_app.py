@@ -161,10 +161,10 @@ def test_a_file_that_is_too_large_is_refused_and_leaves_nothing(server):
 
 def test_what_is_left_of_an_upload_that_broke_off_goes_with_a_later_film(server, drawing, tmp_path):
     with socket.create_connection(urlsplit(server.url).netloc.split(":")) as connection:
-        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 9000\r\n"
+        head = "POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 90000\r\n"
         head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
         part = '--x\r\nContent-Disposition: form-data; name="files"; filename="film.dcm"\r\n\r\n'
-        connection.sendall(f"{head}{part}{'half a film' * 100}".encode())
+        connection.sendall(f"{head}{part}{'half a film' * 2000}".encode())
         wait_for(lambda: any(server.films.rglob("tmp*")))
     wait_for(lambda: server.films_on_disk)
     for left in server.films_on_disk:
