@@ -14,7 +14,8 @@ LIKE = "This looks like the films that the model was trained on."
 UNLIKE = "This does not look like a frontal chest X-ray I know."
 CSS = """
 :root { --overlay: 0.5 }
-.film { border-top: 1px solid var(--border-color-primary); padding: 1em 0; overflow-wrap: anywhere }
+.film { border-top: 1px solid var(--border-color-primary); padding: 1em 0 }
+.film h3, .film p { overflow-wrap: anywhere }
 .film .pictures { position: relative; width: min(100%, 450px) }
 .film .pictures img { width: 100%; display: block }
 .film .pictures img + img { position: absolute; inset: 0; opacity: var(--overlay) }
@@ -23,6 +24,7 @@ CSS = """
 .film .unlike, .film .refused { border-color: #b3261e }
 .film .wide { overflow-x: auto }
 .film td, .film th { padding: 0.2em 0.8em; text-align: left }
+.film .points { white-space: nowrap }
 """
 
 
