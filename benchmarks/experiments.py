@@ -24,11 +24,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
 from datasets import Dataset
 from kornia.filters import gaussian_blur2d
-from reuse import questions, with_subtypes
+from reuse import prepared, questions, with_subtypes
 from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -42,7 +40,6 @@ from cxr_backbone.evaluation.report import markdown_table
 from cxr_backbone.training.arguments import parse_arguments
 from cxr_backbone.training.features import extract_features
 from cxr_backbone.training.films import decode_films, decode_joint, open_films
-from cxr_backbone.training.hardware import choose_precision, use_threads
 from cxr_backbone.training.interruption import Interruption
 from cxr_backbone.training.loop import plain_loss, predict
 from cxr_backbone.training.phases import fine_tune, fit_head
@@ -89,14 +86,7 @@ def measure(given: argparse.Namespace, options: list[str]) -> list[dict[str, Any
     arguments = parse_arguments(
         [given.config, *options, "--run.output_dir", str(folder), "--evaluation.report", "false"]
     )
-    arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
-    accelerator = Accelerator(
-        mixed_precision=arguments.run.mixed_precision,
-        gradient_accumulation_steps=arguments.fine_tuning.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.run.seed),
-    )
-    set_seed(arguments.run.seed)
-    use_threads(arguments.run.cpu_threads)
+    accelerator = prepared(arguments)
     settings = {"image_size": arguments.model.image_size, "seed": arguments.run.seed}
     films = decode_films(open_films(arguments.data, **settings), arguments.data, **settings)
     films.joint = decode_joint(arguments.joint, films, **settings)

@@ -46,14 +46,13 @@ from cxr_backbone.training.hardware import choose_precision, use_threads
 from cxr_backbone.training.interruption import Interruption
 from cxr_backbone.training.loop import predict
 from cxr_backbone.training.phases import fine_tune, fit_head
-from cxr_backbone.training.probe import fit_probe
+from cxr_backbone.training.probe import FOLDS, fit_probe
 from cxr_backbone.training.start import start_model
 from cxr_backbone.training.state import TrainingRun, read_log
 
 CONFIG = Path(__file__).parents[1] / "recipes/configs/table.yaml"
 WAYS = ("probe", "fine-tuned")
 SHARES = (0.1, 0.25, 0.5, 1.0)
-FOLDS = 5  # of the probe's cross-validation; a class with fewer patients is too small a share
 OF_WEIGHTS = ("--model.image_mean", "--model.image_std", "--model.avg_pool_count_include_pad")
 
 
@@ -85,8 +84,10 @@ def main() -> None:
         keys = itertools.product(range(given.seeds), asked, SHARES, starts, given.ways)
         for seed, name, share, start, way in keys:
             key = {"question": name, "share": share, "seed": seed, "start": start, "way": way}
+            if any(key.items() <= line.items() for line in done):
+                continue
             rows = _drawn(asked[name].pool, share, seed)
-            if rows is None or any(key.items() <= line.items() for line in done):
+            if rows is None:
                 continue
             line = key | ask(asked[name], way, rows, seed, starts[start] or None, options, cache)
             done.append(line)
@@ -135,12 +136,7 @@ def ask(
     """What a probe or a fine-tuned network says of the test films after training on some of the pool."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = settings(folder, init, [*options, "--run.seed", str(seed)])
-        accelerator = Accelerator(
-            mixed_precision=choose_precision(arguments.run.mixed_precision),
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        )
-        set_seed(seed)
-        use_threads(arguments.run.cpu_threads)
+        accelerator, tuning = prepared(arguments), arguments.fine_tuning
         model, image_processor = start_model(arguments.model, question.pool.features["label"].names)
 
         def features_of(films: Dataset) -> tuple[Tensor, Tensor]:
@@ -163,21 +159,24 @@ def ask(
         run.accelerator = accelerator
         fit_head(model, [features_of(train)], features_of(validation), arguments.frozen, run.log)
         begin = time.perf_counter()
-        fine_tune(
-            model,
-            train,
-            validation,
-            image_processor,
-            accelerator,
-            arguments.fine_tuning,
-            run=run,
-            interruption=Interruption(),
-        )
+        fine_tune(model, train, validation, image_processor, accelerator, tuning, run=run, interruption=Interruption())
         seconds = time.perf_counter() - begin
         tuned_model = type(model).from_pretrained(run.fine_tuned).eval().to(accelerator.device)
         tuned, truth = predict(tuned_model, question.test, image_processor, accelerator, batch_size=32)
         curve = [(line["epoch"], line["validation_loss"]) for line in read_log(run.path) if "after_steps" in line]
         return {"labels": len(rows), "curve": curve, "seconds": seconds} | _said(tuned, truth)
+
+
+def prepared(arguments: Arguments) -> Accelerator:
+    """An accelerator as the recipe's, once seed, threads and precision are set."""
+    arguments.run.mixed_precision = choose_precision(arguments.run.mixed_precision)
+    set_seed(arguments.run.seed)
+    use_threads(arguments.run.cpu_threads)
+    return Accelerator(
+        mixed_precision=arguments.run.mixed_precision,
+        gradient_accumulation_steps=arguments.fine_tuning.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.run.seed),
+    )
 
 
 def settings(folder: str, init: str | None, options: list[str]) -> Arguments:
@@ -200,8 +199,10 @@ def summarised(lines: list[dict[str, Any]], test: Dataset, starts: list[str]) ->
     """Of one way: a row for each share of the labels and start."""
     bootstrap = PatientBootstrap(test["patient_id"][:])
     truth = np.array(test["label"][:]) == 1
-    header = ["labels", "start", "AUROC", f"beyond {starts[1]}"]
-    rows = []
+    header, rows = ["labels", "start", "AUROC", f"beyond {starts[1]}"], []
+    tuned = "curve" in lines[0]
+    if tuned:
+        header.append(f"epochs to the best of {starts[1]}")
     for share in sorted({line["share"] for line in lines}):
         of = {start: [line for line in lines if line["share"] == share and line["start"] == start] for start in starts}
         peer, of_peer = _resampled(of[starts[1]], truth, bootstrap)
@@ -209,13 +210,11 @@ def summarised(lines: list[dict[str, Any]], test: Dataset, starts: list[str]) ->
             auroc, samples = _resampled(of[start], truth, bootstrap)
             beyond = "" if start == starts[1] else _interval(auroc - peer, samples - of_peer, sign="+")
             row = [f"{np.mean([line['labels'] for line in of[start]]):.0f}", start, _interval(auroc, samples), beyond]
-            if "curve" in of[start][0]:
+            if tuned:
                 reached = [_reached(ours, peer) for ours, peer in zip(of[start], of[starts[1]], strict=True)]
                 epochs, seconds = np.median(np.array(reached), axis=0)
                 row.append("not in half of the seeds" if np.isinf(epochs) else f"{epochs:.0f} ({seconds:.0f} s)")
             rows.append(row)
-    if "curve" in lines[0]:
-        header.append(f"epochs to the best of {starts[1]}")
     return header, rows
 
 

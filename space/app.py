@@ -19,7 +19,6 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 from film_card import CSS, Answer, refused_as_html
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,18 +89,15 @@ class FilmReader:
         """What the model says of a film (height, width), uint8."""
         model, image_processor = self.classify.model, self.classify.image_processor
         scores = self.classify(pixels, top_k=None)
+        seen = image_processor(pixels, do_rescale=False, do_normalize=False).pixel_values[0][0]
         pixel_values = image_processor(pixels, return_tensors="pt").pixel_values
-        mean, std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (image_processor.image_mean, image_processor.image_std)
-        )
-        seen = ((pixel_values[0] * std + mean)[0] * 255).round().clamp(0, 255).byte().numpy()
         # The answer is explained, or, where no place speaks for it, the next one.
         maps = (
             (score["label"], grad_cam(model, pixel_values, [model.config.label2id[score["label"]]])[0])
             for score in scores
         )
         explained, places = next(((label, places) for label, places in maps if places.any()), (None, None))
-        return Answer(scores, model.config.operating_points or {}, seen, explained, places)
+        return Answer(scores, model.config, seen, explained, places)
 
 
 def page(reader: FilmReader) -> gr.Blocks:

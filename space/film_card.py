@@ -10,6 +10,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from cxr_backbone import CXRInceptionConfig
+
 LIKE = "This looks like the films that the model was trained on."
 UNLIKE = "This does not look like a frontal chest X-ray I know."
 CSS = """
@@ -33,14 +35,14 @@ class Answer:
     """What the model says of a film.
 
     scores: of the pipeline: label, score and out_of_distribution, the highest score first.
-    operating_points: of the config.
+    config: of the model, with its operating points.
     seen: uint8 (size, size), the film as the model sees it.
     explained: the label whose places are shown; None where no place speaks for any.
     places: float32 (size, size) in [0, 1], where the film speaks for it.
     """
 
     scores: list[dict[str, Any]]
-    operating_points: dict[str, dict[str, dict[str, float]]]
+    config: CXRInceptionConfig
     seen: np.ndarray
     explained: str | None
     places: np.ndarray | None
@@ -52,11 +54,15 @@ class Answer:
     def as_json(self) -> dict[str, Any]:
         """`out_of_distribution`, `scores`, and `decisions`, which has the answer at each operating point."""
         scores = {score["label"]: score["score"] for score in self.scores}
-        decisions = {
-            label: {name: scores[label] >= point["threshold"] for name, point in points.items()}
-            for label, points in self.operating_points.items()
+        return {"out_of_distribution": self.is_outside, "scores": scores, "decisions": self._decisions}
+
+    @property
+    def _decisions(self) -> dict[str, dict[str, bool]]:
+        """For each label that has operating points, what the model decides at each."""
+        points = self.config.operating_points or {}
+        return {
+            label: {name: self.config.decide(self.scores, name)[label] for name in points[label]} for label in points
         }
-        return {"out_of_distribution": self.is_outside, "scores": scores, "decisions": decisions}
 
     def as_html(self, name: str) -> str:
         verdict = f'<p class="unlike">{UNLIKE}</p>' if self.is_outside else f'<p class="like">{LIKE}</p>'
@@ -83,12 +89,12 @@ class Answer:
         rows = [f"<tr><td>{html.escape(score['label'])}<td>{score['score']:.3f}" for score in self.scores]
         scores = f'<table class="scores"><tr><th>label<th>calibrated probability{"".join(rows)}</table>'
         decisions = []
-        for label, points in self.operating_points.items():
-            score = next(score["score"] for score in self.scores if score["label"] == label)
-            for name, point in points.items():
-                says = label if score >= point["threshold"] else f"not {label}"
+        for label, its in self._decisions.items():
+            for name, reached in its.items():
+                point = (self.config.operating_points or {})[label][name]
                 decisions.append(
-                    f"<tr><td>{html.escape(name)}<td>{point['threshold']:.3f}<td>{html.escape(says)}"
+                    f"<tr><td>{html.escape(name)}<td>{point['threshold']:.3f}"
+                    f"<td>{html.escape(label if reached else f'not {label}')}"
                     f"<td>{point['sensitivity']:.3f}<td>{point['specificity']:.3f}<td>{point['films']:.0f}"
                 )
         if not decisions:

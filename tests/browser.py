@@ -49,10 +49,15 @@ def screenshot(page, width, height, path=None):
         return np.asarray(Image.open(path).convert("RGB"))
 
 
-def _run(arguments):
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
+def chromium():
+    """The browser's path; the test is skipped where there is none."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not path:
         pytest.skip("needs a browser: no chromium on the PATH (set CHROMIUM)")
+    return path
+
+
+def _run(arguments):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [chromium, *FLAGS, f"--user-data-dir={profile}", *arguments]
+        command = [chromium(), *FLAGS, f"--user-data-dir={profile}", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

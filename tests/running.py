@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,9 @@ def sample_run(folder, **overrides):
     tiny = {"data.num_patients": [40], "model.image_size": [75], "model.depth_multiplier": [0.1]}
     tiny |= {"fine_tuning.epochs": [1], "fine_tuning.batch_size": [8]}
     return Run(folder, "recipes/configs/sample.yaml", **(tiny | overrides))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config import load_config_from_file
 from accelerate.utils import DistributedType
-from running import ROOT
+from running import ROOT, free_port
 
 CONFIGS = ROOT / "recipes/configs/accelerate"
 PATIENCE = 120  # seconds, after which a test fails that would wait for ever
@@ -32,7 +31,7 @@ class Nodes:
         self.refusal = self._lay_cable()
         self.apart = not self.refusal
         self.address = "192.0.2.1" if self.apart else "127.0.0.1"
-        self.port = None if self.apart else _free_port()
+        self.port = None if self.apart else free_port()
 
     def _lay_cable(self):
         first, second = self.names
@@ -248,9 +247,3 @@ def _kill_with_children(process):
     for member in family:
         os.kill(member, signal.SIGKILL)
     process.wait()
-
-
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -1,27 +1,22 @@
 """The page in a process of its own, as `python space/app.py` starts it, and a browser that looks at it."""
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
+from contextlib import contextmanager
 
-import pytest
+from browser import chromium
 from playwright.sync_api import sync_playwright
-
-ROOT = Path(__file__).parents[2]
+from running import ROOT, free_port
 
 
 class Server:
     """`url`; `log`, a file of what it prints; `films`, the folder in which it may lay uploads down."""
 
     def __init__(self, folder, *options, app=ROOT / "space/app.py", cwd=ROOT):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url, self.log, self.films = f"http://127.0.0.1:{port}", folder / "log.txt", folder / "tmp"
         self.films.mkdir()
         environment = os.environ | {"TMPDIR": str(self.films)}
@@ -50,10 +45,9 @@ class Server:
         return [path for path in self.films.rglob("*") if path.is_file() and path.stat().st_size]
 
 
+@contextmanager
 def open_browser():
-    """A context manager's `browser`; the test is skipped where there is none."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if not chromium:
-        pytest.skip("needs a browser: no chromium on the PATH (set CHROMIUM)")
-    playwright = sync_playwright().start()
-    return playwright, playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -16,7 +16,8 @@ import pytest
 from data.film_files import as_dicom, as_file, as_png
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from space.serving import ROOT, Server, open_browser
+from running import ROOT
+from space.serving import Server, open_browser
 
 from cxr_backbone.data.radiographs import MAX_FILE_BYTES, read_radiograph
 from cxr_backbone.data.synthetic import draw_phantom
@@ -39,10 +40,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(server):
-    playwright, browser = open_browser()
-    yield browser
-    browser.close()
-    playwright.stop()
+    with open_browser() as browser:
+        yield browser
 
 
 @pytest.fixture
