@@ -103,7 +103,7 @@ def real_data(shared, chestxray14, real_films, tmp_path):
     pneumoniamnist = np.load(shared / "data/pneumoniamnist/pneumoniamnist_rebuilt.npz")
     np.savez(tmp_path / "pneumoniamnist.npz", **{name: values[:60] for name, values in pneumoniamnist.items()})
     return {
-        "KERMANY": str(shared / "data/kermany224"),
+        "KERMANY": str(real_films),  # a few of them: the whole set takes minutes even for a narrow network
         "ORIGINALS": str(shared / "data/kermany-originals"),
         "CHESTXRAY14": str(chestxray14),
         "PNEUMONIAMNIST": str(tmp_path / "pneumoniamnist.npz"),
@@ -124,8 +124,6 @@ def test_every_block_runs(page, number, readers, request):
     variables = {}
     if re.search(r"\$[A-Z]", text):
         variables = request.getfixturevalue("real_data")
-    if page == "results":  # its data set takes minutes even for a narrow network
-        variables |= {"KERMANY": str(request.getfixturevalue("real_films"))}
     if "path/to/chest_xray" in text:
         request.getfixturevalue("chest_xray")
     if "pip install -c constraints.txt" in text and sys.version_info < (3, 11):

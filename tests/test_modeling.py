@@ -240,6 +240,36 @@ def test_every_class_of_the_family_can_be_frozen(model_class):
     assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
 
 
+def test_batch_norm_can_be_frozen_alone_and_everything_else_learns():
+    model = tiny_classifier()
+    model.freeze_batch_norm()
+    before = buffers_and_parameters(model)
+    for _ in range(2):
+        model.train()
+        train_a_step(model)
+    assert model.training and model.cxr_inception.encoder.stages["stem"].training
+    for name, tensor in model.state_dict().items():
+        is_statistic = "running_" in name or "num_batches" in name
+        assert torch.equal(tensor, before[name]) == is_statistic, name
+
+
+def test_batch_norm_over_all_processes_is_frozen_too():
+    model = tiny_classifier()
+    model.freeze_batch_norm()
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert layers and not any(layer.training for layer in layers)
+
+
+def test_frozen_batch_norm_outlasts_the_freezing_of_stages():
+    model = tiny_classifier()
+    model.freeze_batch_norm()
+    model.freeze_backbone()
+    model.unfreeze_backbone()
+    model.train()
+    assert not any(module.training for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
 def test_a_stage_that_does_not_exist_is_refused():
     with pytest.raises(ValueError, match="no stage 'layer4'; the stages are stem, stage1"):
         tiny_classifier().freeze_backbone(to_stage="layer4")

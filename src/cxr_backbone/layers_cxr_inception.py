@@ -26,11 +26,17 @@ class CXRInceptionConvLayer(nn.Module):
             padding=(height // 2, width // 2) if spec.same else 0,
             bias=False,
         )
-        self.takes_rows = False
+        self.takes_rows = self.keeps_statistics = False
         self.normalization: nn.Module = nn.BatchNorm2d(self.convolution.out_channels, eps=config.batch_norm_eps)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return F.relu(self.normalization(self._convolve(hidden_state)), inplace=True)
+
+    def train(self, mode: bool = True) -> "CXRInceptionConvLayer":
+        super().train(mode)
+        if self.keeps_statistics:
+            self.normalization.eval()
+        return self
 
     def fuse(self) -> None:
         """Let the convolution do what BatchNorm does in eval mode."""

@@ -71,6 +71,17 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
         for stage in self._stages()[first:]:
             stage.set_frozen(False, training=self.training)
 
+    def freeze_batch_norm(self) -> None:
+        """Normalize by the running statistics and keep them as they are: BatchNorm layers stay in eval mode through
+        every later `.train()`, whichever stages are frozen. Their weights and all others are trained as before.
+
+        For fine-tuning: the statistics of small batches, or of other images than the weights come from, undo much of
+        what the network knows."""
+        for module in self.modules():
+            if isinstance(module, CXRInceptionConvLayer):
+                module.keeps_statistics = True
+                module.normalization.eval()
+
     def fuse(self: Model, dtype: torch.dtype | None = None) -> Model:
         """A copy for inference: BatchNorm is folded into the convolutions, memory is laid out channels last, and a CPU
         takes large batches in pieces that its cache holds.

@@ -257,14 +257,6 @@ def test_frozen_batch_norm_keeps_its_statistics_while_everything_else_learns(pha
     assert not any(torch.equal(end[name], start[name]) for name in learnt)
 
 
-def test_batch_norm_over_all_processes_is_frozen_too():
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model()).train()
-    loop.freeze_batch_norm(model)
-    layers = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm)]
-    assert layers and not any(layer.training for layer in layers)
-    assert model.training
-
-
 def test_perturbed_views_of_validation_choose_when_they_are_asked_for_and_are_the_same_at_each_look(phantoms):
     run = Run(phantoms, epochs=2, perturbed_validation=True, stretch=True, seed=3)
     losses = {}

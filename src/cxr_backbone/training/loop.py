@@ -163,8 +163,6 @@ class Trainer:
         with tqdm(total=total, initial=progress.steps, desc="fine-tuning", disable=disable) as bar:
             for epoch in range(progress.steps // self.steps_per_epoch, epochs):
                 self.model.train()
-                if self.arguments.freeze_batch_norm:
-                    freeze_batch_norm(self.model)
                 self.loader.set_epoch(epoch)
                 for batch in islice(self.loader, progress.steps - epoch * self.steps_per_epoch, None):
                     self._step(batch)
@@ -340,13 +338,6 @@ def shrink(images: Tensor, scale: float) -> Tensor:
     """Images (batch, 1, height, width), smaller by a factor of at most 1, but not too small for the network."""
     size = [max(round(side * scale), SMALLEST_IMAGE) for side in images.shape[-2:]]
     return images if scale == 1 else F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Put every BatchNorm layer into eval mode, until the next `.train()`."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-            module.eval()
 
 
 class _Flags:

@@ -104,6 +104,8 @@ def fine_tune(
         state: of `run.newest_state`, to go on from.
     """
     model.unfreeze_backbone()
+    if arguments.freeze_batch_norm:
+        model.freeze_batch_norm()
     if arguments.sync_batch_norm:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
