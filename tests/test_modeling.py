@@ -302,7 +302,7 @@ def test_autocast_trains():
 def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
     plain = tiny_classifier(dropout=0.0)
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable()
     for model in (plain, checkpointed):
         model.train()
         model(images(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
@@ -316,7 +316,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_statistics():
 
 def test_reentrant_checkpointing_is_refused_since_it_would_move_statistics_twice():
     with pytest.raises(ValueError, match="use_reentrant=False"):
-        tiny_classifier().gradient_checkpointing_enable({"use_reentrant": True})
+        tiny_classifier().activation_checkpointing_enable({"use_reentrant": True})
 
 
 # Saving

@@ -317,7 +317,7 @@ def test_a_model_with_such_layers_answers_the_same(phantoms):
 def test_gradient_checkpointing_moves_their_statistics_once(phantoms):
     pixel_values = all_pixel_values(phantoms["test"].select(range(4)))
     models = plain_and_synchronised(tiny_model())
-    models[1].gradient_checkpointing_enable()
+    models[1].activation_checkpointing_enable()
     for model in models:
         model.train()(pixel_values, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
     plain, checkpointed = (dict(model.named_buffers()) for model in models)

@@ -110,7 +110,7 @@ def fine_tune(
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     trained = JointModel(model, joint.widths) if joint else model
     optimizer = make_optimizer(trained, arguments, accelerator)
 
