@@ -201,6 +201,9 @@ def test_the_weights_that_were_kept_are_told_with_the_gap_to_validation(run):
     run.write("metrics.json", metrics | {"overfitting": {"curve": curve, "chosen": 0, "gap": 0.0987}})
     procedure = " ".join(section(run.card(), "Training procedure").split())
     assert "The weights after 0 of 9 steps" in procedure and "0.099 below that on validation" in procedure
+    assert "**The second phase is not in this model.**" in section(run.card(), "Results")
+    run.write("metrics.json", metrics | {"overfitting": {"curve": curve, "chosen": 9, "gap": 0.0987}})
+    assert "This repository holds the fine-tuned model" in section(run.card(), "Results")
 
 
 def test_only_pictures_that_are_there_are_shown(run):

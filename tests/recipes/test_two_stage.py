@@ -91,11 +91,13 @@ def test_the_losses_of_every_checkpoint_are_known_and_their_weights_gone(run):
     evaluations = [line for line in run.log if line["phase"] == "fine_tuning" and "after_steps" in line]
     assert [line["after_steps"] for line in overfitting["curve"]] == [line["after_steps"] for line in evaluations]
     (kept,) = [line for line in overfitting["curve"] if line["after_steps"] == overfitting["chosen"]]
-    assert kept["validation"] == min(line["validation_loss"] for line in evaluations)
+    lowest = min(evaluations, key=lambda line: line.get("perturbed_loss", line["validation_loss"]))
+    assert (kept["after_steps"], kept["validation"]) == (lowest["after_steps"], lowest["validation_loss"])
     assert kept["test"] == pytest.approx(
         results(run, "fine_tuned", "test")["calibration"]["before"]["nll"]["value"], abs=1e-4
     )
     assert overfitting["gap"] == kept["validation"] - kept["train"]
+    assert ("fine_tuned/ is the frozen model" in run.process.stderr) == (overfitting["chosen"] == 0)
 
 
 def test_predictions_have_the_ids_of_the_films(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ from cxr_backbone.weights import open_checkpoint
 
 if TYPE_CHECKING:
     from cxr_backbone.evaluation.saliency import SalientFilm
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -186,6 +189,11 @@ class Examiner:
             metrics["models"][name]["seconds"] = its_seconds
         if is_complete(log):
             metrics["overfitting"] = overfitting(log)
+            if metrics["overfitting"]["chosen"] == 0:
+                logger.warning(
+                    "No evaluation of the fine-tuning had a lower validation loss than its start: fine_tuned/ is the "
+                    "frozen model. Try fine_tuning.perturbed_validation, more epochs or a lower learning rate."
+                )
         run.write_results(metrics, predictions)
         print(comparison_table(metrics))
         print(operating_points_table(metrics))
