@@ -182,9 +182,9 @@ def prepared(arguments: Arguments) -> Accelerator:
 def settings(folder: str, init: str | None, options: list[str]) -> Arguments:
     """Ten epochs of fine-tuning at the recipe's rates, in smaller batches, for there are few films."""
     words = ["--run.output_dir", f"{folder}/run", "--model.init", init or "null", "--evaluation.report", "false"]
-    # Random weights have no statistics to keep.
-    words += ["--fine_tuning.freeze_batch_norm", "false" if init is None else "true"]
     words += ["--fine_tuning.epochs", "10", "--fine_tuning.batch_size", "8", "--fine_tuning.evaluations_per_epoch", "1"]
+    if init is None:  # random weights have no statistics to keep
+        words += ["--fine_tuning.freeze_batch_norm", "false"]
     if init is None or not Path(init).is_file():
         options = [
             word

@@ -80,7 +80,7 @@ class CXRInceptionPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, CXRInceptionConvLayer):
                 module.keeps_statistics = True
-                module.normalization.eval()
+                module.train(module.training)
 
     def fuse(self: Model, dtype: torch.dtype | None = None) -> Model:
         """A copy for inference: BatchNorm is folded into the convolutions, memory is laid out channels last, and a CPU
